@@ -1,0 +1,1 @@
+"""Bootable rescue media that restores an image (not built yet)."""

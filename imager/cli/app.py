@@ -1,0 +1,52 @@
+"""The commands and their help. Engines are imported when a command runs, so that help is quick."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from imager import __version__
+from imager.cli import images, repo, restoring, sources, verifying
+
+_HELP = """Image disks below the filesystem, and bring whole servers back.
+
+A repository holds the images; every image is a full one, and blocks that it shares with others
+are stored once. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 damaged data, 4 refused and
+nothing written, 5 done with holes, 130 interrupted (run it again to go on)."""
+
+app = typer.Typer(
+    help=_HELP,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"imager {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("inspect")(sources.inspect)
+app.command("capture")(sources.capture)
+app.command("list")(images.list_images)
+app.command("show")(images.show)
+app.command("map")(images.draw_map)
+app.command("diff")(images.diff)
+app.command("verify")(verifying.verify)
+app.command("plan")(restoring.plan)
+app.command("restore")(restoring.restore)
+app.command("rm")(images.remove)
+app.add_typer(repo.app, name="repo")

@@ -1,0 +1,205 @@
+"""imager list, show, map, diff, rm."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from imager.cli.options import (
+    ImageArgument,
+    JsonOption,
+    RepoOption,
+    find_disk,
+    find_disks,
+    find_image,
+    open_repository,
+)
+from imager.cli.output import print_json, print_table
+
+if TYPE_CHECKING:
+    from imager.manifest import Disk, Manifest
+
+
+def list_images(
+    name: Annotated[str | None, typer.Option(help="Only images of this name.")] = None,
+    repo: RepoOption = None,
+    json: JsonOption = False,
+) -> None:
+    """List the images, oldest first."""
+    from imager.units import show_bytes
+
+    repository = open_repository(repo)
+    manifests = [m for m in repository.manifests() if name is None or m.name == name]
+    if json:
+        print_json([_summary(manifest) for manifest in manifests])
+        return
+    rows = [
+        (
+            m.id,
+            m.name,
+            m.created,
+            show_bytes(sum(disk.size for disk in m.disks)),
+            show_bytes(m.statistics.get("used_bytes", 0)),
+            show_bytes(m.statistics.get("stored_bytes", 0)),
+            " ".join(filter(None, ["PARTIAL" if m.partial else "", m.note])),
+        )
+        for m in manifests
+    ]
+    print_table(
+        ["IMAGE", "NAME", "CREATED", "SIZE", "USED", "ADDED", "NOTE"], rows, right="SIZE USED ADDED"
+    )
+
+
+def show(image: ImageArgument, repo: RepoOption = None, json: JsonOption = False) -> None:
+    """Show all that is known of an image: disks, partitions, hardware, statistics."""
+    repository = open_repository(repo)
+    manifest, disks = find_disks(repository, image)
+    if json:
+        print_json(manifest.document)
+        return
+    _show_manifest(manifest)
+    for disk in disks:
+        _show_disk(disk)
+
+
+def draw_map(
+    image: ImageArgument,
+    svg: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a picture to this file.")
+    ] = None,
+    repo: RepoOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Draw the disk: used, zero, unused and unreadable blocks."""
+    import shutil
+
+    from imager.diskmap import NAMES, draw_svg, draw_text, make_disk_map, svg_cell_count
+
+    repository = open_repository(repo)
+    manifest, disk = find_disk(repository, image)
+    columns = max(min(shutil.get_terminal_size().columns, 120), 20)
+    cells = svg_cell_count() if svg else columns * 16
+    picture = make_disk_map(repository.block_map(disk), disk, cells)
+    if svg:
+        svg.write_text(draw_svg(picture, disk, f"{manifest.name} {disk.name}, {manifest.created}"))
+    if json:
+        print_json({NAMES[state]: count for state, count in picture.totals.items()})
+    elif svg:
+        print(f"written to {svg}")
+    else:
+        print(draw_text(picture, columns=columns, colour=sys.stdout.isatty()))
+
+
+def diff(
+    one: Annotated[str, typer.Argument(metavar="A", help="IMAGE or IMAGE/DISK.")],
+    other: Annotated[str, typer.Argument(metavar="B", help="IMAGE or IMAGE/DISK.")],
+    repo: RepoOption = None,
+    json: JsonOption = False,
+) -> None:
+    """List the ranges that differ between two images, and the partitions they lie in."""
+    from imager.diff import diff as run
+    from imager.units import show_bytes
+
+    repository = open_repository(repo)
+    difference = run(repository, find_disk(repository, one)[1], find_disk(repository, other)[1])
+    if json:
+        print_json(difference.to_json())
+        return
+    rows = [(c.offset, show_bytes(c.length), c.where) for c in difference.changes]
+    print_table(["OFFSET", "LENGTH", "WHERE"], rows, right="OFFSET LENGTH")
+    print(f"{show_bytes(difference.changed_bytes)} in {len(rows)} ranges differ")
+
+
+def remove(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    repo: RepoOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Remove images. Blocks that other images share stay."""
+    from imager.cli.asking import confirm
+
+    repository = open_repository(repo)
+    manifests = [find_image(repository, text) for text in images]
+    for manifest in manifests:
+        if not yes:
+            confirm(f"Remove image {manifest.id} of {manifest.name}, {manifest.created}?")
+        repository.remove(manifest.id)
+    if json:
+        print_json({"removed": [manifest.id for manifest in manifests]})
+    else:
+        print(f"{len(manifests)} images removed; the space of blocks that no image uses is kept")
+
+
+def _summary(manifest: Manifest) -> dict[str, Any]:
+    keys = ("id", "name", "host", "created", "note", "partial", "previous", "consistency")
+    return {
+        **{key: manifest.document.get(key) for key in keys},
+        "disks": [
+            {"name": disk.name, "size": disk.size, "root": disk.root} for disk in manifest.disks
+        ],
+        "statistics": manifest.statistics,
+    }
+
+
+def _show_manifest(manifest: Manifest) -> None:
+    from imager.units import show_bytes
+
+    document, counts = manifest.document, manifest.statistics
+    lines = {
+        "image": manifest.id,
+        "name": manifest.name,
+        "note": manifest.note,
+        "host": manifest.host,
+        "created": manifest.created,
+        "previous": document.get("previous") or "none",
+        "consistency": document.get("consistency"),
+        "tool": document.get("tool"),
+        "used": show_bytes(counts.get("used_bytes", 0)),
+        "added": (
+            f"{show_bytes(counts.get('stored_bytes', 0))} in {counts.get('new_blocks', 0)} new "
+            f"blocks; {counts.get('known_blocks', 0)} were stored already"
+        ),
+        "took": f"{counts.get('milliseconds', 0) / 1000:.1f} s",
+    }
+    for key, value in lines.items():
+        if value:
+            print(f"{key:<12} {value}")
+    for text in document.get("warnings", []):
+        print(f"warning      {text}")
+    if manifest.partial:
+        print("PARTIAL      some sectors could not be read, see below")
+
+
+def _show_disk(disk: Disk) -> None:
+    from imager.units import show_bytes
+
+    identity = disk.identity
+    words = [str(identity[key]) for key in ("model", "serial") if identity.get(key)]
+    print(f"\ndisk {disk.name}: {show_bytes(disk.size)} {' '.join(words)}".rstrip())
+    print(f"  root digest {disk.root}")
+    table = disk.table
+    print(f"  partition table {table.get('scheme', 'none')} {table.get('disk_id') or ''}".rstrip())
+    rows = []
+    for item in disk.partitions:
+        filesystem = item.get("filesystem") or {}
+        rows.append(
+            (
+                item.get("number") or "-",
+                show_bytes(item.get("size", 0)),
+                show_bytes(item.get("used_bytes", 0)),
+                item.get("certainty", ""),
+                filesystem.get("kind", "unknown"),
+                filesystem.get("label") or "",
+                filesystem.get("uuid") or "",
+            )
+        )
+    print_table(["#", "SIZE", "USED", "MAP", "TYPE", "LABEL", "UUID"], rows, right="SIZE USED")
+    for extent in disk.unreadable:
+        print(
+            f"  unreadable: {extent.length} bytes at byte {extent.offset}, "
+            f"{disk.where(extent.offset)}"
+        )

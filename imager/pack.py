@@ -1,0 +1,265 @@
+"""Packs: files of many compressed records (`docs/format.md`, "Packs")."""
+
+from __future__ import annotations
+
+import secrets
+import zlib
+from array import array
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import zstandard
+
+from imager.errors import FormatError, ImagerError, IntegrityError
+from imager.format import (
+    HEADER_LENGTH,
+    PACK_ID_SIZE,
+    RECORD_HEADER_LENGTH,
+    TRAILER_LENGTH,
+    Entry,
+    PackHeader,
+    PackKind,
+    Place,
+    RecordKind,
+    Trailer,
+    decode_table,
+    digest_of,
+    encode_record_header,
+    encode_table,
+    record_offsets,
+    table_digest,
+    table_length,
+)
+from imager.store import ReadStore, WriteStore
+
+# Large enough for a disk or an object store to stream, small enough to send again.
+PACK_TARGET_SIZE = 64 << 20
+
+
+def pack_name(pack_id: bytes) -> str:
+    text = pack_id.hex()
+    return f"packs/{text[:2]}/{text}.pack"
+
+
+class Record(NamedTuple):
+    """A compressed record, ready to be stored."""
+
+    entry: Entry
+    frame: bytes
+
+
+class Encoder:
+    """Compresses records. Not shared between threads."""
+
+    def __init__(self, level: int) -> None:
+        self._compressor = zstandard.ZstdCompressor(
+            level=level, write_checksum=False, write_content_size=True
+        )
+
+    def encode(
+        self, kind: RecordKind, digest: bytes, content: bytes | bytearray | memoryview
+    ) -> Record:
+        frame = self._compressor.compress(content)
+        return Record(Entry(digest, len(content), len(frame), zlib.crc32(frame), kind), frame)
+
+
+class Decoder:
+    """Decompresses and checks records. Not shared between threads."""
+
+    def __init__(self) -> None:
+        self._decompressor = zstandard.ZstdDecompressor()
+
+    def decode_into(
+        self, entry: Entry, frame: bytes | memoryview, target: memoryview, *, check_crc: bool
+    ) -> None:
+        """Decode to exactly ``target`` and compare the digest.
+
+        Raises IntegrityError; ``target`` holds garbage then. ``check_crc`` also vouches for bits
+        of the frame that do not influence its content.
+        """
+        if entry.content_length != len(target):
+            raise IntegrityError(f"holds {entry.content_length} bytes instead of {len(target)}")
+        if check_crc and zlib.crc32(frame) != entry.frame_crc:
+            raise IntegrityError("the stored bytes do not match their checksum")
+        try:
+            with self._decompressor.stream_reader(frame, read_size=len(frame)) as reader:
+                count = reader.readinto(target)
+                rest = reader.read(1)
+        except (zstandard.ZstdError, MemoryError) as error:
+            raise IntegrityError(f"cannot be decompressed: {error}") from None
+        if count != len(target) or rest:
+            raise IntegrityError("decompresses to another length")
+        if digest_of(target) != entry.digest:
+            raise IntegrityError("the content does not match its digest")
+
+    def decode(self, entry: Entry, frame: bytes | memoryview) -> bytes:
+        target = bytearray(entry.content_length)
+        self.decode_into(entry, frame, memoryview(target), check_crc=True)
+        return bytes(target)
+
+
+class Pack:
+    """A pack to read from: its table is checked on opening, its records when they are decoded.
+
+    Raises ObjectMissing, FormatError or UnsupportedError, each naming the pack.
+    """
+
+    def __init__(self, store: ReadStore, pack_id: bytes) -> None:
+        self.id = pack_id
+        self.name = pack_name(pack_id)
+        self._store = store
+        self.length = store.size(self.name)
+        try:
+            self.kind, self.entries = self._read_table()
+        except FormatError as error:
+            raise FormatError(f"{store.url}/{self.name}: {error.message}") from None
+        self.offsets: array[int] = record_offsets(self.entries)
+
+    def read(self, first: int, count: int) -> bytes:
+        """The bytes of ``count`` neighbouring records, from the first one's header on."""
+        start = self.offsets[first]
+        length = self.offsets[first + count] - start
+        content = self._store.read(self.name, start, length)
+        if len(content) != length:
+            raise IntegrityError(f"{self._store.url}/{self.name} is truncated")
+        return content
+
+    def frame(self, content: bytes | memoryview, first: int, ordinal: int) -> memoryview:
+        """One record's zstd frame within what ``read(first, …)`` returned."""
+        start = self.offsets[ordinal] - self.offsets[first] + RECORD_HEADER_LENGTH
+        return memoryview(content)[start : start + self.entries[ordinal].frame_length]
+
+    def header_is_right(self, content: bytes | memoryview, first: int, ordinal: int) -> bool:
+        """Whether the record's header is byte for byte what the table says."""
+        start = self.offsets[ordinal] - self.offsets[first]
+        header = memoryview(content)[start : start + RECORD_HEADER_LENGTH]
+        return header.tobytes() == encode_record_header(ordinal, self.entries[ordinal])
+
+    def _read_table(self) -> tuple[PackKind, list[Entry]]:
+        if self.length < HEADER_LENGTH + TRAILER_LENGTH:
+            raise FormatError("truncated")
+        header = self._store.read(self.name, 0, HEADER_LENGTH)
+        decoded = PackHeader.decode(header)
+        if decoded.id != self.id:
+            raise FormatError("it holds another pack: its header names " + decoded.id.hex())
+        end = self._store.read(self.name, self.length - TRAILER_LENGTH, TRAILER_LENGTH)
+        trailer = Trailer.decode(end, self.length)
+        table = self._store.read(self.name, trailer.table_offset, table_length(trailer.records))
+        if table_digest(header, table) != trailer.digest:
+            raise FormatError("its table is damaged")
+        entries = decode_table(table)
+        if record_offsets(entries)[-1] != trailer.table_offset:
+            raise FormatError("its records do not fit its length")
+        return decoded.kind, entries
+
+
+class PackWriter:
+    """One pack under construction."""
+
+    def __init__(self, store: WriteStore, kind: PackKind, number: int, stack: ExitStack) -> None:
+        self.id = secrets.token_bytes(PACK_ID_SIZE)
+        self.length = 0
+        self._is_whole = True  # false while a record is being written
+        self._entries: list[Entry] = []
+        self._header = PackHeader(kind, self.id, number).encode()
+        self._writer = stack.enter_context(store.writer(pack_name(self.id)))
+        self._write(self._header)
+
+    def append(self, record: Record) -> Place:
+        ordinal = len(self._entries)
+        self._is_whole = False
+        self._write(encode_record_header(ordinal, record.entry))
+        self._write(record.frame)
+        self._entries.append(record.entry)
+        self._is_whole = True
+        return Place(self.id, ordinal)
+
+    def finish(self) -> None:
+        """Write table and trailer, and make the pack appear, durably.
+
+        Raises ImagerError when an interrupt or an error cut a record short.
+        """
+        if not self._is_whole:
+            raise ImagerError(f"pack {self.id.hex()} ends within a record")
+        table = encode_table(self._entries)
+        trailer = Trailer(self.length, len(self._entries), table_digest(self._header, table))
+        self._write(table)
+        self._write(trailer.encode())
+        self._writer.commit()
+
+    def _write(self, content: bytes) -> None:
+        self._writer.write(content)
+        self.length += len(content)
+
+
+class Packer:
+    """Fills packs one after the other, and makes full ones durable in the background.
+
+    A context manager: leaving it with an error keeps what was appended so far as a pack, so that
+    the next capture finds it; only a store that fails loses the unfinished pack.
+    """
+
+    def __init__(
+        self, store: WriteStore, kind: PackKind, *, target_size: int = PACK_TARGET_SIZE
+    ) -> None:
+        self._store = store
+        self._kind = kind
+        self._target_size = target_size
+        self._stack = ExitStack()
+        self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="finisher")
+        self._finishing: Future[None] | None = None
+        self._current: PackWriter | None = None
+        self._number = 0
+        self.bytes_written = 0
+        self.pack_ids: set[bytes] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def append(self, record: Record) -> Place:
+        if self._current is None:
+            self._current = PackWriter(self._store, self._kind, self._number, self._stack)
+            self._number += 1
+            self.pack_ids.add(self._current.id)
+        place = self._current.append(record)
+        if self._current.length >= self._target_size:
+            self._finish_current()
+        return place
+
+    def finish(self) -> None:
+        """Returns when everything appended is durable."""
+        self._finish_current()
+        self._await_finishing()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is not None:
+                with suppress(ImagerError):
+                    self.finish()
+            else:
+                self.finish()
+        finally:
+            self._finisher.shutdown()
+            self._stack.close()
+
+    def _finish_current(self) -> None:
+        self._await_finishing()
+        if self._current is not None:
+            current, self._current = self._current, None
+            self._finishing = self._finisher.submit(self._finish, current)
+
+    def _finish(self, pack: PackWriter) -> None:
+        pack.finish()
+        self.bytes_written += pack.length
+
+    def _await_finishing(self) -> None:
+        if self._finishing is not None:
+            finishing, self._finishing = self._finishing, None
+            finishing.result()

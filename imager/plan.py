@@ -1,0 +1,364 @@
+"""The plan of a restore: what goes where, and every reason not to do it. Writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from imager.allocation import identify
+from imager.blockmap import BlockMap
+from imager.blocksource import BlockSource, FileSource, PartSource
+from imager.deviceuse import device_numbers, disk_numbers_below, uses_of
+from imager.diskidentity import DiskIdentity, disk_identity
+from imager.errors import ImagerError, UsageError
+from imager.extents import Extent
+from imager.growfs import can_grow
+from imager.manifest import Disk, Manifest
+from imager.marker import MARKER_SIZE, Marker
+from imager.partitions import PartitionTable, read_partition_table, smallest_disk
+from imager.process import find_tool
+from imager.repository import Repository
+
+
+@dataclass(frozen=True)
+class RestoreOptions:
+    """What a restore is asked for. ``partition`` and ``to_partition`` are partition numbers."""
+
+    partition: int | None = None
+    to_partition: int | None = None
+    delta: bool = False
+    grow: bool = False
+    new_ids: bool = False
+    read_back: bool = False
+
+
+@dataclass(frozen=True)
+class RestorePlan:
+    """One disk or partition of an image on its way to one target. Sizes and offsets in bytes.
+
+    With ``refusals`` it must not be carried out.
+    """
+
+    image: str
+    disk: str
+    options: RestoreOptions
+    source: Extent
+    target: str
+    target_exists: bool
+    target_size: int
+    target_offset: int
+    identity: DiskIdentity
+    overwrites: tuple[str, ...]
+    steps: tuple[str, ...]
+    warnings: tuple[str, ...]
+    refusals: tuple[str, ...]
+    resumes: bool
+    data_bytes: int
+    packs: int
+
+    @property
+    def whole_disk(self) -> bool:
+        return self.options.partition is None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **vars(self),
+            "options": vars(self.options),
+            "source": list(self.source),
+            "identity": self.identity.to_json(),
+        }
+
+
+def plan_restore(
+    repository: Repository, manifest: Manifest, disk: Disk, target: str, options: RestoreOptions
+) -> RestorePlan:
+    """Find out everything about a restore that can be known before the first write.
+
+    Raises ImagerError where there is nothing to plan with: no such partition, a damaged map.
+    """
+    return _Planner(repository, manifest, disk, target, options).plan()
+
+
+class _Planner:
+    def __init__(
+        self,
+        repository: Repository,
+        manifest: Manifest,
+        disk: Disk,
+        target: str,
+        options: RestoreOptions,
+    ) -> None:
+        self._repository = repository
+        self._manifest = manifest
+        self._disk = disk
+        self._table = PartitionTable.from_json(disk.table)
+        self._path = target
+        self._options = options
+        self._steps: list[str] = []
+        self._warnings: list[str] = []
+        self._refusals: list[str] = []
+        self._overwrites: list[str] = []
+
+    def plan(self) -> RestorePlan:
+        self._check_options()
+        map_ = self._repository.block_map(self._disk)
+        source = self._source_range()
+        exists = Path(self._path).exists()
+        offset, size, resumes = 0, source.length, False
+        if exists:
+            self._check_use()
+            with self._open_target() as target:
+                offset, size = self._target_range(target, source)
+                resumes = self._look_at(PartSource(target, offset, size), source)
+                self._check_sectors(target)
+        self._check_room(map_, source, size)
+        source = Extent(source.offset, min(source.length, size))
+        data_bytes, packs = self._check_packs(map_, source)
+        self._describe(map_, source, size, resumes=resumes, exists=exists)
+        return RestorePlan(
+            image=self._manifest.id,
+            disk=self._disk.name,
+            options=self._options,
+            source=source,
+            target=self._path,
+            target_exists=exists,
+            target_size=size,
+            target_offset=offset,
+            identity=disk_identity(self._path),
+            overwrites=tuple(self._overwrites),
+            steps=tuple(self._steps),
+            warnings=tuple(self._warnings),
+            refusals=tuple(self._refusals),
+            resumes=resumes,
+            data_bytes=data_bytes,
+            packs=packs,
+        )
+
+    # --- what is asked for ---
+
+    def _check_options(self) -> None:
+        options = self._options
+        if options.to_partition is not None and options.partition is None:
+            raise UsageError("--to-partition needs --partition: which one to restore")
+        if options.new_ids and options.partition is not None:
+            raise UsageError("--new-ids renews a disk's partition table: not with --partition")
+        if options.new_ids and options.delta:
+            raise UsageError("--new-ids and --delta contradict each other")
+
+    def _source_range(self) -> Extent:
+        number = self._options.partition
+        if number is None:
+            return Extent(0, self._disk.size)
+        part = self._table.partition(number)
+        if part is None:
+            known = ", ".join(str(item.number) for item in self._table.partitions) or "none"
+            raise UsageError(
+                f"disk {self._disk.name} of {self._manifest.id} has no partition {number}",
+                hint=f"its partitions: {known}",
+            )
+        if part.kind == "extended":
+            raise UsageError(f"partition {number} is an extended one: restore those inside it")
+        return Extent(part.offset, part.size)
+
+    # --- the target ---
+
+    def _open_target(self) -> FileSource:
+        self._path = _partition_node(self._path, self._options) or self._path
+        with FileSource(self._path) as source:
+            is_device = source.is_device
+        sector = None if is_device else self._disk.logical_sector
+        return FileSource(self._path, logical_sector=sector)
+
+    def _target_range(self, target: FileSource, source: Extent) -> tuple[int, int]:
+        """Offset and length of what may be written."""
+        if self._options.partition is None:
+            return 0, target.size
+        table = read_partition_table(target)
+        if not table.partitions:
+            if self._options.to_partition is not None:
+                self._refusals.append(f"{self._path} has no partitions")
+            return 0, target.size
+        number = self._options.to_partition or self._options.partition
+        part = table.partition(number)
+        if part is None or part.kind == "extended":
+            known = ", ".join(str(item.number) for item in table.partitions)
+            self._refusals.append(
+                f"{self._path} has no partition {number} to restore into (it has {known})"
+            )
+            return 0, min(source.length, target.size)
+        return part.offset, part.size
+
+    def _check_use(self) -> None:
+        path = _partition_node(self._path, self._options) or self._path
+        for use in uses_of(path):
+            self._refusals.append(f"{path}: {use.device} is {use.description}")
+        below = disk_numbers_below(Path(self._repository.store.url))
+        if device_numbers(path) & below:
+            self._refusals.append(
+                f"{path} holds the repository {self._repository.store.url} that is restored from"
+            )
+
+    def _check_sectors(self, target: FileSource) -> None:
+        if not target.is_device or self._table.scheme == "none" or self._options.partition:
+            return
+        if target.logical_sector != self._disk.logical_sector:
+            self._refusals.append(
+                f"{self._path} has sectors of {target.logical_sector} bytes, the imaged disk had "
+                f"{self._disk.logical_sector}: its partition table would not be understood"
+            )
+
+    def _look_at(self, target: BlockSource, source: Extent) -> bool:
+        """Describe what will be overwritten; whether it is our own unfinished restore."""
+        marker = Marker.decode(_head(target))
+        if marker is not None:
+            self._overwrites.append(f"an unfinished restore of {marker.image}/{marker.disk}")
+            return marker.root == self._disk.root and marker.offset == source.offset
+        table = read_partition_table(target)
+        if table.partitions:
+            for part in table.partitions:
+                inside = identify(PartSource(target, part.offset, part.size))
+                name = part.name or inside.label or ""
+                self._overwrites.append(f"partition {part.number}: {inside.kind} {name}".rstrip())
+        elif (inside := identify(target)).kind != "unknown":
+            self._overwrites.append(f"{inside.kind} {inside.label or ''}".rstrip())
+        return False
+
+    # --- does it fit ---
+
+    def _check_room(self, map_: BlockMap, source: Extent, size: int) -> None:
+        if self._options.partition is not None:
+            if size < source.length:
+                self._refusals.append(
+                    f"the target has {size} bytes, partition {self._options.partition} has "
+                    f"{source.length}"
+                )
+            return
+        least = smallest_disk(self._table, self._disk.size)
+        if size < least:
+            self._refusals.append(
+                f"{self._path} has {size} bytes; the partitions of {self._disk.name} need {least}"
+            )
+        elif size < self._disk.size and (lost := self._data_beyond(map_, size)) is not None:
+            self._refusals.append(
+                f"{self._path} has {size} bytes; there is data outside of partitions at byte {lost}"
+            )
+
+    def _data_beyond(self, map_: BlockMap, size: int) -> int | None:
+        """First byte behind ``size`` that is not zero, the backup GPT aside."""
+        unit = self._disk.block_size
+        end = self._disk.size - self._table.backup_size
+        for run in map_.runs(size // unit, -(-end // unit)):
+            if run.place is None:
+                continue
+            start = run.first * unit
+            content = self._repository.read_block(
+                run.place, run.digest, min(unit, self._disk.size - start)
+            )
+            first = max(size - start, 0)
+            if content[first : end - start].strip(b"\0"):
+                return start + first
+        return None
+
+    def _check_packs(self, map_: BlockMap, source: Extent) -> tuple[int, int]:
+        """Open every pack that is needed; (bytes of data blocks, number of packs)."""
+        packs: set[bytes] = set()
+        data_bytes = 0
+        for run in block_runs(map_, self._disk, source):
+            if run.place is not None:
+                packs.add(run.place.pack)
+                data_bytes += self._disk.block_size
+        for pack_id in sorted(packs):
+            try:
+                self._repository.pack(pack_id)
+            except ImagerError as error:
+                self._refusals.append(error.message)
+        return min(data_bytes, source.length), len(packs)
+
+    # --- the steps, in words ---
+
+    def _describe(
+        self, map_: BlockMap, source: Extent, size: int, *, resumes: bool, exists: bool
+    ) -> None:
+        options, disk = self._options, self._disk
+        what = f"partition {options.partition}" if options.partition else "the disk"
+        how = "compare with the target and write what differs"
+        if not (options.delta or resumes):
+            how = "write its blocks"
+            how += ", zero or discard the rest" if exists else ", leave the rest sparse"
+        self._steps.append(f"{what} of {self._manifest.id}: {how}")
+        if options.read_back:
+            self._steps.append("read everything back and compare digests")
+        if options.partition is None:
+            self._describe_table(size)
+        elif options.grow:
+            part = disk.partition(options.partition) or {}
+            self._describe_growth(options.partition, part)
+        if self._manifest.partial:
+            for extent in disk.unreadable.within(*source):
+                self._warnings.append(
+                    f"{extent.length} bytes at byte {extent.offset} could not be read when the "
+                    f"image was made: {disk.where(extent.offset)}"
+                )
+        if options.delta and not exists:
+            self._refusals.append(f"{self._path} does not exist: there is nothing to compare with")
+
+    def _describe_table(self, size: int) -> None:
+        options, table = self._options, self._table
+        if table.backup_size and size != self._disk.size:
+            self._steps.append("move the backup GPT to the target's end")
+            self._need_tool("sfdisk")
+        if options.grow:
+            if size <= self._disk.size:
+                self._warnings.append("--grow: the target is not larger, nothing to grow")
+            elif not table.partitions:
+                self._describe_growth(None, (self._disk.partitions or [{}])[0])
+            else:
+                last = max((p for p in table.partitions if p.kind != "extended"), key=_end)
+                self._describe_growth(last.number, self._disk.partition(last.number) or {})
+        if options.new_ids:
+            if table.scheme == "none":
+                self._refusals.append("--new-ids: the disk has no partition table")
+            self._steps.append("give the disk and its partitions new ids")
+            self._warnings.append("boot loaders and fstab that name PARTUUIDs need the new ids")
+            self._need_tool("sfdisk")
+
+    def _describe_growth(self, number: int | None, part: dict[str, Any]) -> None:
+        kind = str((part.get("filesystem") or {}).get("kind", "unknown"))
+        what = "the filesystem" if number is None else f"partition {number} and its filesystem"
+        if not can_grow(kind):
+            self._refusals.append(f"--grow: a filesystem of kind {kind} can't be grown here")
+        self._steps.append(f"grow {what} ({kind}) to the target's end")
+
+    def _need_tool(self, name: str) -> None:
+        if find_tool(name) is None:
+            self._refusals.append(f"{name} is not installed, and a step needs it")
+
+
+def block_runs(map_: BlockMap, disk: Disk, source: Extent) -> Iterator[Any]:
+    """The runs of blocks that a range of bytes lies in."""
+    return map_.runs(source.offset // disk.block_size, -(-source.end // disk.block_size))
+
+
+def _end(part: Any) -> int:
+    return int(part.end)
+
+
+def _head(target: BlockSource) -> bytes:
+    try:
+        return target.pread(0, min(MARKER_SIZE, target.size))
+    except OSError:
+        return b""
+
+
+def _partition_node(path: str, options: RestoreOptions) -> str | None:
+    """The device of the partition to write, so that its siblings may stay in use."""
+    if options.partition is None:
+        return None
+    number = options.to_partition or options.partition
+    folder = Path("/sys/class/block") / Path(path).resolve().name
+    for entry in sorted(folder.glob("*/partition")):
+        if entry.read_text().strip() == str(number):
+            return f"/dev/{entry.parent.name}"
+    return None

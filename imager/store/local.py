@@ -1,0 +1,203 @@
+"""A repository in a local folder.
+
+An object is written to ``tmp/``, fsynced, linked to its name (which fails if that exists), and its
+folder is fsynced: after a power cut it is there as a whole or not at all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn, Self
+
+from imager.errors import ImagerError, ObjectExists, ObjectMissing
+from imager.store.base import check_name, is_name
+
+_TEMPORARY = "tmp"
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1  # linux/fs.h
+
+
+class LocalStore:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+        self.url = str(self.folder)
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        try:
+            fd = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            self._fail(name, error)
+        try:
+            wanted = os.fstat(fd).st_size - offset if length is None else length
+            return _read_fully(fd, offset, max(wanted, 0))
+        except OSError as error:
+            self._fail(name, error)
+        finally:
+            os.close(fd)
+
+    def size(self, name: str) -> int:
+        try:
+            return self._path(name).stat().st_size
+        except OSError as error:
+            self._fail(name, error)
+
+    def names(self, folder: str) -> Iterator[str]:
+        check_name(folder)
+        try:
+            entries = sorted(os.scandir(self.folder / folder), key=lambda entry: entry.name)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self._fail(folder, error)
+        for entry in entries:
+            name = f"{folder}/{entry.name}"
+            if not is_name(name):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from self.names(name)
+            else:
+                yield name
+
+    def writer(self, name: str) -> LocalWriter:
+        return LocalWriter(self, check_name(name))
+
+    def create(self, name: str, content: bytes) -> None:
+        with self.writer(name) as writer:
+            writer.write(content)
+            writer.commit()
+
+    def delete(self, name: str) -> None:
+        try:
+            self._path(name).unlink()
+            _sync_folder(self._path(name).parent)
+        except OSError as error:
+            self._fail(name, error)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / check_name(name)
+
+    def _fail(self, name: str, error: OSError) -> NoReturn:
+        where = f"{self.url}/{name}"
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise ObjectMissing(f"{where} is missing") from None
+        if isinstance(error, FileExistsError):
+            raise ObjectExists(f"{where} exists already") from None
+        hint = None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = (
+                "make room or use another repository, then run the command again: it goes on "
+                "from what is stored"
+            )
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            hint = "run as a user that may write there, or name another repository with --repo"
+        raise ImagerError(f"{where}: {error.strerror}", hint=hint) from error
+
+
+class LocalWriter:
+    """An object under construction; see ``ObjectWriter``."""
+
+    def __init__(self, store: LocalStore, name: str) -> None:
+        self._store = store
+        self._name = name
+        self._final = store.folder / name
+        self._temporary = store.folder / _TEMPORARY / f"{os.getpid()}-{secrets.token_hex(8)}"
+        try:
+            self._temporary.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(
+                self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
+            )
+        except OSError as error:
+            store._fail(name, error)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.discard()
+
+    def write(self, content: bytes | bytearray | memoryview) -> None:
+        view = memoryview(content)
+        try:
+            while view:
+                view = view[os.write(self._fd, view) :]
+        except OSError as error:
+            self._store._fail(self._name, error)
+
+    def commit(self) -> None:
+        try:
+            os.fsync(self._fd)
+            self._close()
+            _make_folders(self._final.parent)
+            _link_new(self._temporary, self._final)
+            _sync_folder(self._final.parent)
+        except OSError as error:
+            self._store._fail(self._name, error)
+
+    def discard(self) -> None:
+        self._close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+
+def _read_fully(fd: int, offset: int, length: int) -> bytes:
+    content = os.pread(fd, length, offset)
+    if len(content) == length or not content:
+        return content
+    parts = [content]
+    done = len(content)
+    while done < length and (part := os.pread(fd, length - done, offset + done)):
+        parts.append(part)
+        done += len(part)
+    return b"".join(parts)
+
+
+def _make_folders(folder: Path) -> None:
+    if not folder.is_dir():
+        _make_folders(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _link_new(temporary: Path, final: Path) -> None:
+    """Give the file its name, failing with FileExistsError if the name is taken."""
+    try:
+        os.link(temporary, final)
+        temporary.unlink()
+    except OSError as error:
+        # FAT, exFAT and some network folders have no hard links
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        _rename_new(temporary, final)
+
+
+def _rename_new(temporary: Path, final: Path) -> None:
+    """renameat2(2) with RENAME_NOREPLACE."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(
+        _AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(final), _RENAME_NOREPLACE
+    ):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(final))

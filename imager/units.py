@@ -1,0 +1,28 @@
+"""Sizes for people."""
+
+from __future__ import annotations
+
+import re
+
+from imager.errors import UsageError
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:iB|B)?\Z", re.IGNORECASE)
+
+
+def show_bytes(count: int) -> str:
+    """``1.5 GiB``: three digits or so, in binary units."""
+    value = float(count)
+    for unit in _UNITS:
+        if value < 1000 or unit == _UNITS[-1]:
+            break
+        value /= 1024
+    return f"{count} B" if unit == "B" else f"{value:.{0 if value >= 99.5 else 1}f} {unit}"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``262144``, ``256K`` or ``1MiB`` (all units binary). Raises UsageError."""
+    match = _SIZE.match(text.strip())
+    if match is None:
+        raise UsageError(f"not a size: {text}", hint="write it like 262144, 256K or 1M")
+    return int(float(match[1]) * 1024 ** " KMGTP".index(match[2].upper() or " "))

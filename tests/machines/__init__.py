@@ -1,0 +1,1 @@
+"""Machines for tests, the demo and the benchmark: real disks, and the QEMU that boots them."""
