@@ -20,6 +20,7 @@ from imager.errors import ImagerError, UsageError
 from imager.extents import Extent, Extents
 from imager.fingerprint import Fingerprint
 from imager.format import (
+    MAX_PAGE_LENGTH,
     NO_DIGEST,
     PackKind,
     Page,
@@ -38,7 +39,7 @@ from imager.reading import EmptyRun, ReadPlan, Span
 from imager.repository import Repository, new_image_id, utc_now
 
 # Chosen by measurement, see docs/performance.md.
-DEFAULT_LEVEL = 3
+DEFAULT_LEVEL = 1
 
 # Pages are few and hold digests, which do not compress.
 _PAGE_LEVEL = 3
@@ -217,7 +218,7 @@ class _DiskWriter:
         self._used_bytes = used.total
         self._plan = ReadPlan(self._source, used, block_size)
         self._map = BlockMapWriter(-(-self._source.size // block_size), self._store_page)
-        self._page_encoder = Encoder(_PAGE_LEVEL)
+        self._page_encoder = Encoder(_PAGE_LEVEL, MAX_PAGE_LENGTH)
         self._encoders = threading.local()
         self._unreadable: list[Extent] = []
         self.packs: set[bytes] = set()
@@ -292,7 +293,7 @@ class _DiskWriter:
     def _encoder(self) -> Encoder:
         encoder: Encoder | None = getattr(self._encoders, "encoder", None)
         if encoder is None:
-            encoder = self._encoders.encoder = Encoder(self._job.level)
+            encoder = self._encoders.encoder = Encoder(self._job.level, self._block_size)
         return encoder
 
     # --- in the calling thread, in the order of the disk ---

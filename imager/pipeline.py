@@ -18,6 +18,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Generic, Self, TypeVar
@@ -40,7 +41,18 @@ def run_pipeline(
     depth: int,
 ) -> None:
     """Run every job through ``work`` in threads and hand its result to ``deliver`` in order."""
+    _keep_freed_memory()
     _Pipeline(jobs, work, workers, depth).run(deliver)
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Have glibc keep what results free for the next ones, instead of giving pages back to the
+    kernel and faulting them in again: a tenth of a capture's time. mallopt(3)."""
+    mallopt = getattr(_libc, "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 class _Pipeline(Generic[Job, Result]):
@@ -221,6 +233,10 @@ class BufferPool:
     def give(self, buffer: Buffer) -> None:
         self._free.append(buffer)
 
+
+# malloc.h of glibc
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 
 _ZEROS = bytes(1 << 20)
 _libc = ctypes.CDLL(None)  # calls through CDLL release the GIL

@@ -21,14 +21,26 @@ disk=$work/server.img
 target=$work/empty-disk.img
 export IMAGER_REPO=$work/images
 
-step() { printf '\n\e[1m== %s\e[0m\n' "$*"; }
+if [[ -t 1 ]]; then
+    bold=$'\e[1m' blue=$'\e[36m' plain=$'\e[0m'
+else
+    bold='' blue='' plain=''
+fi
+step() { printf '\n%s== %s%s\n' "$bold" "$*" "$plain"; }
 note() { printf '   %s\n' "$*"; }
+
+# Print a command as it would be typed, and run it.
 show() {
-    printf '\e[36m$ %s\e[0m\n' "$*"
+    local word line='$'
+    for word in "$@"; do
+        [[ $word != *' '* ]] || word="'$word'"
+        line+=" $word"
+    done
+    printf '%s%s%s\n' "$blue" "$line" "$plain"
     "$@"
 }
 
-# A partition's bytes as a loop device with ext4 on it, mounted, changed, unmounted.
+# Mount the root filesystem inside the disk image, and change it as an administrator would.
 change_server() {
     local mountpoint=$work/mnt start
     mkdir -p "$mountpoint"

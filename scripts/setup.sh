@@ -13,8 +13,12 @@ build="gcc libc6-dev pkg-config libparted-dev"
 runtime="$build e2fsprogs fdisk mount util-linux"
 demo="$runtime dosfstools mtools grub-common grub-pc-bin grub-efi-amd64-bin mmdebstrap
       qemu-system-x86 qemu-utils ovmf zstd"
-test="$demo gdisk xfsprogs btrfs-progs ntfs-3g exfatprogs f2fs-tools"
+test="$demo gdisk xfsprogs btrfs-progs ntfs-3g exfatprogs f2fs-tools cryptsetup-bin lvm2"
 bench="$demo partclone borgbackup"
+
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+# pyparted has no pyproject.toml; an older pip would build it the old way, with a warning.
+export PIP_USE_PEP517=1
 
 say() { echo "setup: $*"; }
 fail() { echo "setup: $*" >&2; exit 1; }
@@ -84,7 +88,7 @@ install_for_work() {
     make_venv .venv
     if [[ $(cat "$stamp" 2>/dev/null) != "$wanted" ]]; then
         say "pip install -e .[dev]"
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+        .venv/bin/python -m pip install --quiet -e '.[dev]'
         echo "$wanted" >"$stamp"
     fi
 }
@@ -94,7 +98,7 @@ install_for_use() {
     say "pip install . in $1"
     # Setuptools would pack modules that an earlier build left here and that are gone since.
     rm -rf build
-    "$1/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade .
+    "$1/bin/python" -m pip install --quiet --upgrade .
 }
 
 cd "$(dirname "$0")/.."

@@ -35,3 +35,9 @@ def cut(bitmap_edges: list[int], length: int) -> list[int]:
         return bitmap_edges
     kept = [edge for edge in bitmap_edges if edge < length]
     return [*kept, length] if len(kept) % 2 else kept
+
+
+def union(one: bytes, other: bytes) -> bytes:
+    """The bits that are set in either of two bitmaps of the same length."""
+    bits = int.from_bytes(one, "little") | int.from_bytes(other, "little")
+    return bits.to_bytes(len(one), "little")

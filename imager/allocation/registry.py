@@ -74,7 +74,9 @@ def allocation_map(source: BlockSource) -> AllocationMap:
         return all_used(source, f"{filesystem.kind}: {doubt}")
     except OSError as error:
         return all_used(source, f"{filesystem.kind}: unreadable: {error.strerror}")
-    return replace(found, used=found.used.clip(0, source.size))
+    if found.used.end > source.size:
+        return all_used(source, f"{filesystem.kind}: the map ends behind the source")
+    return found
 
 
 def _survey(source: BlockSource) -> _Survey:

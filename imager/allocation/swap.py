@@ -17,6 +17,7 @@ from imager.allocation.model import (
     uuid_text,
 )
 from imager.blocksource import BlockSource
+from imager.errors import NotRecognized
 from imager.extents import Extents
 
 _PAGE_SIZES = (4096, 8192, 16384, 32768, 65536)  # bytes; the header doesn't name its own
@@ -78,8 +79,8 @@ def allocation_map(source: BlockSource, filesystem: Filesystem) -> AllocationMap
     """The header page, and what lies behind the swap space. Raises NotRecognized for a
     hibernated system or any doubt, OSError."""
     header = _header(source)
-    require(header is not None, "no swap header")
-    assert header is not None
+    if header is None:
+        raise NotRecognized("no swap header")
     require(not header.is_hibernated, "it holds a hibernated system")
     require(header.signature == _CURRENT, "an old swap header")
     version, last_page, bad_pages = header.info

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import secrets
 from collections.abc import Iterator
@@ -21,6 +22,10 @@ from imager.store.base import check_name, is_name
 _TEMPORARY = "tmp"
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1  # linux/fs.h
+
+# Written at once: large enough for a disk to stream. The alignment suits any sector size.
+_CHUNK_SIZE = 4 << 20
+_ALIGNMENT = 4096
 
 
 class LocalStore:
@@ -100,20 +105,26 @@ class LocalStore:
 
 
 class LocalWriter:
-    """An object under construction; see ``ObjectWriter``."""
+    """An object under construction; see ``ObjectWriter``.
+
+    Large objects go past the page cache (O_DIRECT): they are not read again soon, and copying
+    them there cost a sixth of a capture's CPU time.
+    """
 
     def __init__(self, store: LocalStore, name: str) -> None:
         self._store = store
         self._name = name
         self._final = store.folder / name
         self._temporary = store.folder / _TEMPORARY / f"{os.getpid()}-{secrets.token_hex(8)}"
+        self._length = 0
         try:
             self._temporary.parent.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(
-                self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
-            )
+            self._fd = _create(self._temporary)
         except OSError as error:
             store._fail(name, error)
+        self._map = mmap.mmap(-1, _CHUNK_SIZE)
+        self._chunk = memoryview(self._map)
+        self._filled = 0
 
     def __enter__(self) -> Self:
         return self
@@ -127,15 +138,19 @@ class LocalWriter:
         self.discard()
 
     def write(self, content: bytes | bytearray | memoryview) -> None:
-        view = memoryview(content)
-        try:
-            while view:
-                view = view[os.write(self._fd, view) :]
-        except OSError as error:
-            self._store._fail(self._name, error)
+        rest = memoryview(content)
+        self._length += len(rest)
+        while rest:
+            part = rest[: _CHUNK_SIZE - self._filled]
+            self._chunk[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            rest = rest[len(part) :]
+            if self._filled == _CHUNK_SIZE:
+                self._flush(_CHUNK_SIZE)
 
     def commit(self) -> None:
         try:
+            self._flush_tail()
             os.fsync(self._fd)
             self._close()
             _make_folders(self._final.parent)
@@ -148,10 +163,40 @@ class LocalWriter:
         self._close()
         self._temporary.unlink(missing_ok=True)
 
+    def _flush(self, length: int) -> None:
+        """Write the chunk, ``length`` of it, which O_DIRECT wants to be in whole sectors."""
+        view = self._chunk[:length]
+        try:
+            while view:
+                view = view[os.write(self._fd, view) :]
+        except OSError as error:
+            self._store._fail(self._name, error)
+        self._filled = 0
+
+    def _flush_tail(self) -> None:
+        padded = -(-self._filled // _ALIGNMENT) * _ALIGNMENT
+        self._chunk[self._filled : padded] = bytes(padded - self._filled)
+        self._flush(padded)
+        os.ftruncate(self._fd, self._length)
+
     def _close(self) -> None:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
+            self._chunk.release()
+            self._map.close()
+
+
+def _create(path: Path) -> int:
+    """A new file, with O_DIRECT where the filesystem does that."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        return os.open(path, flags | os.O_DIRECT, 0o600)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    path.unlink(missing_ok=True)  # some filesystems create it before they refuse
+    return os.open(path, flags, 0o600)
 
 
 def _read_fully(fd: int, offset: int, length: int) -> bytes:

@@ -46,6 +46,11 @@ def mounted(image: Path, options: str = "loop") -> Iterator[Path]:
         run(["umount", str(folder)])
 
 
+def device_of(folder: Path) -> Path:
+    """The loop device of a mounted image."""
+    return Path(run(["findmnt", "-n", "-o", "SOURCE", str(folder)]).stdout.decode().strip())
+
+
 @contextlib.contextmanager
 def frozen(folder: Path) -> Iterator[None]:
     with opened(folder) as fd:

@@ -13,6 +13,7 @@ from imager.blocksource import FileSource, PartSource
 from imager.process import run
 from tests.loop.allocation_lab import (
     MIB,
+    device_of,
     fill,
     free_by_kernel,
     frozen,
@@ -86,12 +87,12 @@ def test_equals_the_kernels_own_map_while_frozen(tmp_path: Path, line: str) -> N
     with mounted(image) as folder:
         fill(folder, seed=len(line), files=60)
         with frozen(folder):
-            found, free = read_map(image), free_by_kernel(folder)
+            found, free = read_map(device_of(folder)), free_by_kernel(folder)
     assert found.certainty == "exact", found.reason
     # The kernel counts blocks as used that it holds ready for open files, in memory only.
     assert not free.intersect(found.used)
     with mounted(image) as folder, frozen(folder):
-        found, free = read_map(image), free_by_kernel(folder)
+        found, free = read_map(device_of(folder)), free_by_kernel(folder)
     assert found.certainty == "exact", found.reason
     assert found.used.complement(image.stat().st_size) == free
 
@@ -148,8 +149,9 @@ def test_partition_smaller_than_its_filesystem_is_used_whole(tmp_path: Path) -> 
     ("commands", "said"),
     [
         (["ssv state 2"], "errors"),
-        (["feature needs_recovery", "ssv journal_inum 0"], "another device"),
-        (["feature ^has_journal", "ssv state 0"], "not unmounted cleanly"),
+        (["ssv journal_inum 0"], "another device"),
+        (["feature needs_recovery", "feature ^has_journal"], "one to recover"),
+        (["feature ^has_journal", "ssv state 0"], "waits for e2fsck"),
         (["feature FEATURE_I30"], "unknown incompat feature bits 0x40000000"),
         (["feature FEATURE_R30"], "unknown ro_compat feature bits 0x40000000"),
         (["feature FEATURE_I0"], "unknown incompat feature bits 0x1"),
@@ -157,7 +159,7 @@ def test_partition_smaller_than_its_filesystem_is_used_whole(tmp_path: Path) -> 
         (["set_bg 1 checksum 5"], "group descriptor 1"),
         (["set_bg 0 block_bitmap_csum 5", "set_bg 0 checksum calc"], "block bitmap is wrong"),
         (["set_bg 0 free_blocks_count 5", "set_bg 0 checksum calc"], "free clusters"),
-        (["freeb 270", "setb 8000"], "call metadata free"),
+        (["freeb 270", "setb 8000"], "bitmap calls the metadata at block 270 free"),
     ],
 )
 def test_every_doubt_is_all_of_it(tmp_path: Path, commands: list[str], said: str) -> None:

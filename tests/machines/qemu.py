@@ -42,6 +42,7 @@ _DEVICES: dict[Bus, tuple[str, ...]] = {
 # Colours, cursor moves and the rest of what GRUB and OVMF send to a terminal.
 _TERMINAL_CODES = re.compile(r"\x1b(\[[0-9;?=]*[A-Za-z]|[()][A-Z0-9]|[=>])|\r")
 
+_KERNEL_LINE = re.compile(r"\[ *\d+\.\d+\] ")
 _DEAD_ENDS = re.compile(
     r"(?:GRUB ){3}|Kernel panic|emergency mode|\(initramfs\)|grub rescue>|grub>|GRUB.*error:|Shell>"
     r"|No bootable (?:device|option)|Give root password for maintenance"
@@ -206,14 +207,19 @@ def main() -> None:
     parser.add_argument("disk", type=Path)
     parser.add_argument("--firmware", choices=("bios", "uefi"), default="bios")
     parser.add_argument("--bus", choices=sorted(_DEVICES), default="virtio")
-    parser.add_argument("--last-lines", type=int, default=0, help="show only the console's end")
+    parser.add_argument(
+        "--last-lines", type=int, default=0, help="show the end, without kernel messages"
+    )
     options = parser.parse_args()
     start = time.monotonic()
     try:
         log = boot_disk(options.disk, firmware=options.firmware, bus=options.bus)
     except BootFailed as error:
         sys.exit(f"qemu: {error}")
-    print("\n".join(log.splitlines()[-options.last_lines :]))
+    lines = log.splitlines()
+    if options.last_lines:
+        lines = [line for line in lines if not _KERNEL_LINE.match(line)][-options.last_lines :]
+    print("\n".join(lines))
     print(f"qemu: up in {time.monotonic() - start:.0f} s ({options.firmware}, {options.bus})")
 
 

@@ -240,6 +240,13 @@ def test_json_round_trip(server: Path) -> None:
     found = read_fingerprint(server)
     assert Fingerprint.from_json({**json.loads(json.dumps(found.to_json())), "new": {}}) == found
     assert Fingerprint.from_json({}) == Fingerprint()
-    for wrong in (None, [], {"memory": "1"}, {"secure_boot": 1}, {"disks": [{"size": -1}]}):
+    wrongs: tuple[object, ...] = (
+        None,
+        [],
+        {"memory": "1"},
+        {"secure_boot": 1},
+        {"disks": [{"size": -1}]},
+    )
+    for wrong in wrongs:
         with pytest.raises(FormatError):
             Fingerprint.from_json(wrong)

@@ -553,14 +553,18 @@ def fix_checksums(disk: bytearray) -> None:
 
 
 def damaged(disk: bytes, dice: random.Random) -> Iterator[bytes]:
-    """Random flips in the first and last MiB, cuts, and both with checksums made right."""
-    hot = [*range(440, 512), *range(512, 604), *range(1024, 1024 + 4 * 128)]
+    """Flips in the table's sectors, cuts, and both with checksums made right again."""
+    hot = [
+        offset
+        for extent in read_partition_table(MemorySource(disk)).table_extents
+        for offset in range(extent.offset, extent.end)
+        if offset < extent.offset + 1536 or offset >= extent.end - 512
+    ]
     while True:
         copy = bytearray(disk)
         for _ in range(dice.choice((1, 2, 8, 64))):
-            at = dice.choice(hot) if dice.random() < 0.8 else dice.randrange(MIB)
-            at = len(copy) - 1 - at if dice.random() < 0.3 else at
-            copy[at] = dice.choice((0, 1, 0x7F, 0x80, 0xFF, dice.randrange(256)))
+            at = dice.choice(hot) if dice.random() < 0.9 else dice.randrange(len(copy))
+            copy[at] = dice.choice((0, 1, 0x05, 0x7F, 0x80, 0xEE, 0xFF, dice.randrange(256)))
         if dice.random() < 0.3:
             del copy[dice.randrange(len(copy)) :]
         if dice.random() < 0.7:
@@ -568,18 +572,26 @@ def damaged(disk: bytes, dice: random.Random) -> Iterator[bytes]:
         yield bytes(copy)
 
 
+def chain_disk(logicals: int) -> bytes:
+    """A small disk with a primary and an extended partition of that many logical ones."""
+    disk = bytearray(128 << 10)
+    disk[:512] = ebr((10, 20), (32, 200))
+    for index in range(logicals):
+        at = (32 + 32 * index) * 512
+        link = (32 * index + 32, 32) if index + 1 < logicals else None
+        disk[at : at + 512] = ebr((2, 8), link)
+    return bytes(disk)
+
+
 def test_no_damage_breaks_the_reader(tmp_path: Path) -> None:
     dice = random.Random(20)
     small = GPT_SCRIPT.replace("16384", "512").replace("8192", "512")
-    disks = [
-        make_disk(tmp_path / "g.img", small, 5 * MIB),
-        make_disk(tmp_path / "m.img", MBR_SCRIPT.replace("4096", "512"), 16 * MIB),
-        make_disk(tmp_path / "h.img", small, 5 * MIB),
-    ]
-    tool("sgdisk", "--hybrid=1:2", str(disks[2]))
+    gpt = make_disk(tmp_path / "gpt.img", small, 3 * MIB)
+    hybrid = make_disk(tmp_path / "hybrid.img", small, 3 * MIB)
+    tool("sgdisk", "--hybrid=1:2", str(hybrid))
     schemes: dict[str, int] = {}
-    for path in disks:
-        cases = damaged(path.read_bytes()[: 8 * MIB], dice)
+    for disk in (gpt.read_bytes(), hybrid.read_bytes(), chain_disk(6)):
+        cases = damaged(disk, dice)
         for _ in range(1000):
             source = MemorySource(next(cases))
             table = read_partition_table(source)

@@ -29,8 +29,24 @@ from imager.allocation.ext.layout import (
 )
 from imager.allocation.model import AllocationMap, Filesystem, require
 from imager.blocksource import BlockSource
-from imager.errors import UnsupportedError
+from imager.errors import NotRecognized, UnsupportedError
 from imager.extents import Extents
+
+# What no replay changes, short of a resize.
+_GEOMETRY = (
+    "blocks_count",
+    "block_size",
+    "cluster_size",
+    "blocks_per_group",
+    "inodes_per_group",
+    "descriptor_size",
+    "first_meta_bg",
+    "reserved_gdt_blocks",
+    "incompat",
+    "has_metadata_checksums",
+    "has_descriptor_checksums",
+    "checksum_seed",
+)
 
 # Bitmaps read at once: 1 MiB of the usual 4 KiB ones.
 _READ_BLOCKS = 256
@@ -40,30 +56,28 @@ def allocation_map(source: BlockSource, filesystem: Filesystem) -> AllocationMap
     """Raises NotRecognized or UnsupportedError for any doubt, OSError for unreadable sectors."""
     superblock = Superblock.parse(source.pread(SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE))
     _check_usable(superblock, source.size)
-    on_disk = Blocks(source, superblock)
-    overlay = _journal_overlay(on_disk, superblock)
-    replayed = Blocks(source, superblock, overlay)
-    _check_same_geometry(superblock, replayed, source.size)
-    block_use = _BlockUse(superblock, replayed)
-    used = block_use.used_bytes(source.size)
+    overlay = _journal_overlay(Blocks(source, superblock), superblock)
+    blocks = Blocks(source, superblock, overlay)
+    _check_same_geometry(superblock, blocks, source.size)
+    used = _BlockUse(superblock, blocks).used_bytes(source.size)
     if overlay is NOTHING:
         return AllocationMap(used, "exact")
-    before = block_use.overlaid_bitmaps(on_disk, overlay)
-    return AllocationMap(used.union(before), "union", f"{filesystem.kind}: its journal is in use")
+    return AllocationMap(used, "union", f"{filesystem.kind}: its journal is in use")
 
 
 def _check_usable(superblock: Superblock, source_size: int) -> None:
     superblock.check(source_size)
     require(not superblock.state & STATE_ERROR, "the filesystem is marked as having errors")
-    if superblock.has_journal:
-        if superblock.journal_inode == 0 or superblock.journal_device:
-            raise UnsupportedError("the journal is on another device")
-    else:
-        require(not superblock.needs_recovery, "a journal to recover, but no journal")
-        require(
-            bool(superblock.state & STATE_VALID),
-            "the filesystem has no journal and is mounted or was not unmounted cleanly",
-        )
+    require(
+        bool(superblock.state & STATE_VALID),
+        "the filesystem waits for e2fsck, or has no journal and is mounted or was not unmounted",
+    )
+    require(
+        superblock.has_journal or not superblock.needs_recovery,
+        "the filesystem has no journal, but one to recover",
+    )
+    if superblock.has_journal and (superblock.journal_inode == 0 or superblock.journal_device):
+        raise UnsupportedError("the journal is on another device")
 
 
 def _journal_overlay(blocks: Blocks, superblock: Superblock) -> Overlay:
@@ -72,7 +86,8 @@ def _journal_overlay(blocks: Blocks, superblock: Superblock) -> Overlay:
         return NOTHING
     log = open_inode(blocks, superblock, superblock.journal_inode)
     journal = Journal(log.read, superblock.block_size, log.count)
-    if journal.is_empty and not superblock.needs_recovery:
+    if not superblock.needs_recovery:
+        require(journal.is_empty, "the filesystem says it is clean, its journal that it is not")
         return NOTHING
     copies = journal.committed()
     require(
@@ -83,68 +98,49 @@ def _journal_overlay(blocks: Blocks, superblock: Superblock) -> Overlay:
 
 
 def _check_same_geometry(superblock: Superblock, replayed: Blocks, source_size: int) -> None:
-    """A resize in the journal, or a new feature, is more than a replay in memory should judge."""
+    """A resize in the journal is more than a replay in memory should judge."""
     offset = SUPERBLOCK_OFFSET % superblock.block_size
     raw = replayed.read(superblock.own_block)[offset : offset + SUPERBLOCK_SIZE]
     later = Superblock.parse(raw)
     later.check(source_size)
     require(
-        all(
-            getattr(superblock, name) == getattr(later, name)
-            for name in ("blocks_count", "blocks_per_group", "compat", "incompat", "ro_compat")
-        ),
+        all(getattr(superblock, name) == getattr(later, name) for name in _GEOMETRY),
         "the journal changes the filesystem's size or features",
     )
 
 
 class _BlockUse:
-    """Collects used ranges (bytes) from the descriptors and bitmaps of one state."""
+    """Collects the used ranges from descriptors and bitmaps."""
 
     def __init__(self, superblock: Superblock, blocks: Blocks) -> None:
         self._superblock = superblock
         self._blocks = blocks
 
     def used_bytes(self, source_size: int) -> Extents:
-        """Everything in use, up to the source's end."""
-        superblock = self._superblock
-        marked = Extents.from_sorted(self._in_bytes(self._marked_blocks(), superblock.size))
-        metadata = Extents(self._in_bytes(self._metadata_blocks(), superblock.size))
-        uninitialized = Extents.from_sorted(
-            self._in_bytes(self._uninitialized_groups(), superblock.size)
-        )
-        stray = metadata.subtract(marked).subtract(uninitialized)
-        require(not stray, f"the bitmaps call metadata free: {stray}")
-        boot_and_tail = Extents(
-            [(0, SUPERBLOCK_OFFSET), (superblock.size, source_size - superblock.size)]
-        )
-        return marked.union(metadata).union(boot_and_tail)
+        """Everything in use up to the source's end, in bytes."""
+        used = Extents.from_sorted(self._ascending(source_size))
+        if used.end > source_size:  # by the last cluster's missing blocks
+            used = used.clip(0, source_size)
+        self._check_metadata_is_used(used)
+        return used
 
-    def overlaid_bitmaps(self, on_disk: Blocks, overlay: Overlay) -> Extents:
-        """What the bitmaps on disk say, unchecked, where the overlay has newer ones."""
-        ranges = (
-            block_range
-            for index, group in enumerate(self._groups)
-            if group.block_bitmap in overlay.blocks
-            for block_range in self._marked_in(
-                index, bitmap.edges(on_disk.read(group.block_bitmap))
-            )
-        )
-        return Extents.from_sorted(self._in_bytes(ranges, self._superblock.size))
-
-    def _in_bytes(
-        self, block_ranges: Iterable[tuple[int, int]], end: int
-    ) -> Iterator[tuple[int, int]]:
-        """(first, count) in blocks to (offset, length) in bytes, cut at ``end``; neighbours that
-        continue each other become one."""
-        size = self._superblock.block_size
-        offset = length = 0
-        for first, count in block_ranges:
-            if first * size == offset + length:
-                length += count * size
+    def _ascending(self, source_size: int) -> Iterator[tuple[int, int]]:
+        yield 0, SUPERBLOCK_OFFSET
+        batch: list[tuple[int, Group]] = []
+        for index, group in enumerate(self._groups):
+            if self._superblock.is_uninitialized(group):
+                yield from self._marked_in(batch)
+                batch = []
+                yield from self._reserved_in(index, group)
                 continue
-            yield offset, min(length, end - offset)
-            offset, length = first * size, count * size
-        yield offset, min(length, end - offset)
+            follows = batch and group.block_bitmap == batch[-1][1].block_bitmap + 1
+            if not follows or len(batch) == _READ_BLOCKS:
+                yield from self._marked_in(batch)
+                batch = []
+            batch.append((index, group))
+        yield from self._marked_in(batch)
+        end = self._superblock.size
+        yield end, source_size - end
 
     # --- descriptors --------------------------------------------------------------------------
 
@@ -155,72 +151,81 @@ class _BlockUse:
         table = b"".join(self._blocks.read(first, count) for first, count in _read_runs(places))
         return list(superblock.groups(table))
 
-    def _metadata_blocks(self) -> Iterator[tuple[int, int]]:
+    def _reserved_in(self, index: int, group: Group) -> list[tuple[int, int]]:
+        """The only blocks in use in a group without a bitmap (ext4_init_block_bitmap): its
+        superblock and descriptor copies, its bitmaps and inode table if they lie in it."""
+        superblock = self._superblock
+        first = superblock.first_block(index)
+        own = [
+            (place, count)
+            for place, count in self._metadata_of(group)
+            if first <= place < first + superblock.blocks_per_group
+        ]
+        size = superblock.block_size
+        ranges = [(first, superblock.overhead_blocks(index)), *sorted(own)]
+        return [(place * size, count * size) for place, count in ranges]
+
+    def _metadata_of(self, group: Group) -> tuple[tuple[int, int], ...]:
+        """(first, count) in blocks."""
+        return (
+            (group.block_bitmap, 1),
+            (group.inode_bitmap, 1),
+            (group.inode_table, self._superblock.inode_table_blocks),
+        )
+
+    def _check_metadata_is_used(self, used: Extents) -> None:
+        size = self._superblock.block_size
+        for first, count in self._metadata():
+            if not used.covers(first * size, count * size):
+                raise NotRecognized(f"a bitmap calls the metadata at block {first} free")
+
+    def _metadata(self) -> Iterator[tuple[int, int]]:
+        """Everything whose place is known, as (first, count) in blocks."""
         superblock = self._superblock
         yield superblock.own_block, 1
         for index in range(superblock.descriptor_block_count):
             yield superblock.descriptor_block(index), 1
         if superblock.incompat & INCOMPAT_MMP:
-            require(superblock.mmp_block < superblock.blocks_count, "impossible MMP block")
             yield superblock.mmp_block, 1
-        for column, count in (
-            ("block_bitmap", 1),
-            ("inode_bitmap", 1),
-            ("inode_table", superblock.inode_table_blocks),
-        ):
-            for group in self._groups:
-                yield getattr(group, column), count
-
-    def _uninitialized_groups(self) -> Iterator[tuple[int, int]]:
-        for index, group in enumerate(self._groups):
-            if self._superblock.is_uninitialized(group):
-                yield self._superblock.first_block(index), self._superblock.blocks_per_group
+        for group in self._groups:
+            yield from self._metadata_of(group)
 
     # --- bitmaps ------------------------------------------------------------------------------
 
-    def _marked_blocks(self) -> Iterator[tuple[int, int]]:
-        """What bitmaps mark, and what uninitialized groups reserve, in ascending order."""
-        batch: list[tuple[int, Group]] = []
-        for index, group in enumerate(self._groups):
-            if self._superblock.is_uninitialized(group):
-                yield from self._marked_in_batch(batch)
-                batch = []
-                yield self._superblock.first_block(index), self._superblock.overhead_blocks(index)
-                continue
-            follows = batch and group.block_bitmap == batch[-1][1].block_bitmap + 1
-            if not follows or len(batch) == _READ_BLOCKS:
-                yield from self._marked_in_batch(batch)
-                batch = []
-            batch.append((index, group))
-        yield from self._marked_in_batch(batch)
-
-    def _marked_in_batch(self, batch: list[tuple[int, Group]]) -> Iterator[tuple[int, int]]:
-        """``batch``: groups with bitmaps in consecutive blocks, read at once."""
+    def _marked_in(self, batch: list[tuple[int, Group]]) -> Iterator[tuple[int, int]]:
+        """What bitmaps mark, in bytes. ``batch``: groups whose bitmaps lie in consecutive
+        blocks, so that one read gets them all."""
         if not batch:
             return
         size = self._superblock.block_size
         data = self._blocks.read(batch[0][1].block_bitmap, len(batch))
         for position, (index, group) in enumerate(batch):
-            edges = self._checked_edges(index, group, data[position * size : (position + 1) * size])
-            yield from self._marked_in(index, edges)
+            raw = data[position * size : (position + 1) * size]
+            yield from self._marked_bytes(index, self._edges(index, group, raw))
 
-    def _checked_edges(self, index: int, group: Group, raw: bytes) -> list[int]:
-        superblock = self._superblock
+    def _edges(self, index: int, group: Group, raw: bytes) -> list[int]:
+        """Edges of the checked bitmap, united with the one on disk if that is older."""
+        clusters = self._superblock.clusters_in(index)
         edges = bitmap.edges(raw)
+        self._check_bitmap(index, group, edges)
+        older = self._blocks.covered_by_overlay(group.block_bitmap)
+        if older is not None:
+            edges = bitmap.edges(bitmap.union(raw, older))
+        return bitmap.cut(edges, clusters)
+
+    def _check_bitmap(self, index: int, group: Group, edges: list[int]) -> None:
+        superblock = self._superblock
         if superblock.has_metadata_checksums:
             computed = self._checksum.of(bitmap.cut(edges, superblock.clusters_per_group))
             mask = 0xFFFFFFFF if superblock.descriptor_size >= 64 else 0xFFFF
             if computed & mask != group.bitmap_checksum:
-                require(False, f"the checksum of group {index}'s block bitmap is wrong")
+                raise NotRecognized(f"the checksum of group {index}'s block bitmap is wrong")
         clusters = superblock.clusters_in(index)
-        used = bitmap.count_set(bitmap.cut(edges, clusters))
-        if clusters - used != group.free_clusters:
-            require(
-                False,
-                f"group {index} counts {group.free_clusters} free clusters, "
-                f"its bitmap {clusters - used}",
+        free = clusters - bitmap.count_set(bitmap.cut(edges, clusters))
+        if free != group.free_clusters:
+            raise NotRecognized(
+                f"group {index} counts {group.free_clusters} free clusters, its bitmap {free}"
             )
-        return edges
 
     @cached_property
     def _checksum(self) -> EdgeChecksum:
@@ -228,13 +233,13 @@ class _BlockUse:
             self._superblock.checksum_seed, self._superblock.clusters_per_group // 8
         )
 
-    def _marked_in(self, index: int, edges: list[int]) -> Iterator[tuple[int, int]]:
-        """The runs of set bits as (first, count) in blocks."""
-        superblock = self._superblock
-        start, ratio = superblock.first_block(index), superblock.blocks_per_cluster
-        edges = bitmap.cut(edges, superblock.clusters_in(index))
-        for first, end in zip(edges[::2], edges[1::2], strict=True):
-            yield start + first * ratio, (end - first) * ratio
+    def _marked_bytes(self, index: int, edges: list[int]) -> list[tuple[int, int]]:
+        start = self._superblock.first_block(index) * self._superblock.block_size
+        unit = self._superblock.cluster_size
+        return [
+            (start + first * unit, (end - first) * unit)
+            for first, end in zip(edges[::2], edges[1::2], strict=True)
+        ]
 
 
 def _read_runs(places: Iterable[int]) -> Iterator[tuple[int, int]]:

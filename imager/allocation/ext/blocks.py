@@ -34,11 +34,7 @@ class Blocks:
     def read(self, first: int, count: int = 1) -> bytes:
         """``count`` blocks from ``first``. Raises NotRecognized outside of the filesystem,
         OSError for unreadable sectors."""
-        require(
-            first >= 0 and 0 < count <= self._count - first,
-            f"{count} blocks at block {first} are not inside of the filesystem",
-        )
-        data = self._source.pread(first * self._size, count * self._size)
+        data = self._read_beneath(first, count)
         replaced = [b for b in range(first, first + count) if b in self._overlay.blocks]
         if not replaced:
             return data
@@ -47,3 +43,14 @@ class Blocks:
             at = (block - first) * self._size
             patched[at : at + self._size] = self._overlay.read(block)
         return bytes(patched)
+
+    def covered_by_overlay(self, block: int) -> bytes | None:
+        """What is on disk where the overlay has something newer, else None."""
+        return self._read_beneath(block, 1) if block in self._overlay.blocks else None
+
+    def _read_beneath(self, first: int, count: int) -> bytes:
+        require(
+            first >= 0 and 0 < count <= self._count - first,
+            f"{count} blocks at block {first} are not inside of the filesystem",
+        )
+        return self._source.pread(first * self._size, count * self._size)

@@ -22,6 +22,7 @@ _EXTENT_MAX_LENGTH = 32768  # longer ones are unwritten
 
 # 4 GiB of 4 KiB blocks, four times the largest journal that mke2fs makes unasked.
 MAX_MAPPED_BLOCKS = 1 << 20
+_EXTENT_MAX_NODES = MAX_MAPPED_BLOCKS // 256  # bounds time; one holds 84 extents or more
 
 
 class Run(NamedTuple):
@@ -41,18 +42,18 @@ class FileBlocks:
 
     def __init__(self, blocks: Blocks, runs: list[Run]) -> None:
         self._blocks = blocks
-        self._runs = runs
+        self.runs = runs
         self._starts = [run.logical for run in runs]
 
     @property
     def count(self) -> int:
         """Blocks from the file's start to its first hole or end."""
-        return self._runs[-1].end if self._runs else 0
+        return self.runs[-1].end if self.runs else 0
 
     def read(self, index: int) -> bytes:
         """One block of the file. Raises NotRecognized behind its end, OSError."""
         require(0 <= index < self.count, f"no block {index} in the file")
-        run = self._runs[bisect_right(self._starts, index) - 1]
+        run = self.runs[bisect_right(self._starts, index) - 1]
         return self._blocks.read(run.physical + index - run.logical)
 
 
@@ -128,7 +129,10 @@ def _extent_runs(blocks: Blocks, superblock: Superblock, seed: int, root: bytes)
         for entry in reversed(entries):
             _, low, high = struct.unpack_from("<IIH", entry)
             place = low | high << 32
-            require(place not in seen, "an extent tree with a loop")
+            require(
+                place not in seen and len(seen) < _EXTENT_MAX_NODES,
+                "an extent tree with a loop, or too big",
+            )
             seen.add(place)
             child = blocks.read(place)
             _check_extent_block(superblock, seed, child)

@@ -13,7 +13,7 @@ from typing import NamedTuple, Self
 
 from imager.allocation.checksum import crc16, crc32c
 from imager.allocation.model import require
-from imager.errors import UnsupportedError
+from imager.errors import NotRecognized, UnsupportedError
 
 SUPERBLOCK_OFFSET = 1024  # bytes; the boot block lies before it
 SUPERBLOCK_SIZE = 1024
@@ -369,7 +369,7 @@ class Superblock:
             and low < group.inode_bitmap < high
             and low < group.inode_table <= high - self.inode_table_blocks
         ):
-            require(False, f"group {index} has its metadata outside of the filesystem")
+            raise NotRecognized(f"group {index} has its metadata outside of the filesystem")
 
     def _check_descriptor(self, index: int, raw: bytes) -> None:
         at = _DESCRIPTOR_CHECKSUM_OFFSET
@@ -381,7 +381,7 @@ class Superblock:
         else:
             computed = crc16(self._uuid_crc16, b"".join((number, raw[:at], raw[at + 2 :])))
         if stored != computed:
-            require(False, f"the checksum of group descriptor {index} is wrong")
+            raise NotRecognized(f"the checksum of group descriptor {index} is wrong")
 
     @cached_property
     def _uuid_crc16(self) -> int:
