@@ -9,6 +9,7 @@ import os
 import random
 import stat
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,7 +40,12 @@ def make_image(path: Path, mkfs: list[str], size: int = 64 * MIB) -> Path:
 def mounted(image: Path, options: str = "loop") -> Iterator[Path]:
     folder = image.with_name(f"{image.name}.mnt")
     folder.mkdir(exist_ok=True)
-    run(["mount", "-o", options, str(image), str(folder)])
+    for _ in range(5):  # two mounts at once may pick the same free loop device
+        if not run(["mount", "-o", options, str(image), str(folder)], accept=(0, 32)).returncode:
+            break
+        time.sleep(0.2)
+    else:
+        run(["mount", "-o", options, str(image), str(folder)])
     try:
         yield folder
     finally:

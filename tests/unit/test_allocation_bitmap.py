@@ -39,6 +39,14 @@ def test_cut_is_the_start_of_the_bitmap(raw: bytes, length: int) -> None:
     assert _bits_of_edges(edges, length) == _bits(raw)[:length]
 
 
+@given(bitmaps, bitmaps)
+def test_union_has_the_bits_of_both(one: bytes, other: bytes) -> None:
+    length = min(len(one), len(other))
+    one, other = one[:length], other[:length]
+    either = [a | b for a, b in zip(_bits(one), _bits(other), strict=True)]
+    assert _bits(bitmap.union(one, other)) == either
+
+
 @given(bitmaps.filter(bool), st.integers(0, 0xFFFFFFFF))
 def test_checksum_from_edges_is_crc32c(raw: bytes, seed: int) -> None:
     assert EdgeChecksum(seed, len(raw)).of(bitmap.edges(raw)) == crc32c(seed, raw)

@@ -102,7 +102,7 @@ def _check_same_geometry(superblock: Superblock, replayed: Blocks, source_size: 
     offset = SUPERBLOCK_OFFSET % superblock.block_size
     raw = replayed.read(superblock.own_block)[offset : offset + SUPERBLOCK_SIZE]
     later = Superblock.parse(raw)
-    later.check(source_size)
+    _check_usable(later, source_size)
     require(
         all(getattr(superblock, name) == getattr(later, name) for name in _GEOMETRY),
         "the journal changes the filesystem's size or features",
