@@ -188,7 +188,7 @@ class Bench:
             {
                 "zstd -d | partclone.ext4 -r": fresh(
                     f"truncate -s {size} {target} && zstd -dc -q {work}/partclone.zst"
-                    f" | partclone.ext4 -r -s - -o {target} -L {work}/log"
+                    f" | partclone.ext4 -r -s - -O {target} -L {work}/log"
                 ),
                 "qemu-img convert": fresh(
                     f"qemu-img convert -W -m 8 -O raw {work}/qemu.qcow2 {target}"

@@ -27,6 +27,8 @@ class Run(NamedTuple):
     place: Place | None
 
 
+_STATES = tuple(State)  # by their number
+
 OnDamage = Callable[[int, int, ImagerError], object]
 
 
@@ -164,7 +166,7 @@ class BlockMap:
         unit = FANOUT**page.level  # blocks below one entry
         base = index * FANOUT
         for n in range(max(first // unit - base, 0), min(-(-stop // unit) - base, len(page))):
-            state, place = State(page.states[n]), page.places[n]
+            state, place = _STATES[page.states[n]], page.places[n]
             start = (base + n) * unit
             begin = max(start, first)
             count = min(start + unit, stop) - begin

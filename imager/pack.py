@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import zlib
 from array import array
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -24,6 +23,7 @@ from imager.format import (
     Place,
     RecordKind,
     Trailer,
+    crc32,
     decode_table,
     digest_of,
     encode_record_header,
@@ -63,7 +63,7 @@ class Encoder:
         self, kind: RecordKind, digest: bytes, content: bytes | bytearray | memoryview
     ) -> Record:
         frame = self._compressor.compress(content)
-        return Record(Entry(digest, len(content), len(frame), zlib.crc32(frame), kind), frame)
+        return Record(Entry(digest, len(content), len(frame), crc32(frame), kind), frame)
 
 
 def _parameters(level: int, content_size: int) -> zstandard.ZstdCompressionParameters:
@@ -91,7 +91,7 @@ class Decoder:
         """
         if entry.content_length != len(target):
             raise IntegrityError(f"holds {entry.content_length} bytes instead of {len(target)}")
-        if check_crc and zlib.crc32(frame) != entry.frame_crc:
+        if check_crc and crc32(frame) != entry.frame_crc:
             raise IntegrityError("the stored bytes do not match their checksum")
         try:
             with self._decompressor.stream_reader(frame, read_size=len(frame)) as reader:

@@ -7,11 +7,15 @@ import fcntl
 import hashlib
 import os
 import random
+import shutil
 import stat
 import struct
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from imager.allocation import AllocationMap, allocation_map
 from imager.blocksource import FileSource
@@ -25,6 +29,17 @@ MIB = 1 << 20
 _FIFREEZE, _FITHAW, _SHUTDOWN, _GETFSMAP = 0xC0045877, 0xC0045878, 0x8004587D, 0xC0C0583B
 SHUTDOWN_LOGFLUSH, SHUTDOWN_NOLOGFLUSH = 1, 2
 _OWNER_FREE, _SPECIAL_OWNER = 1, 0x10
+
+
+@pytest.fixture
+def memory_path(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: crash tests sync all the time."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or shutil.disk_usage(memory).free < 2 << 30:
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory, prefix="imager-test-") as folder:
+        yield Path(folder)
 
 
 def make_image(path: Path, mkfs: list[str], size: int = 64 * MIB) -> Path:

@@ -25,6 +25,7 @@ from tests.loop.allocation_lab import (
 )
 
 pytestmark = pytest.mark.loop
+pytest_plugins = ["tests.loop.allocation_lab"]  # for memory_path
 
 MATRIX = {
     "ext2-1k": "mkfs.ext2 -b 1024",
@@ -63,8 +64,8 @@ def _mkfs(line: str) -> list[str]:
 
 
 @pytest.mark.parametrize("line", MATRIX.values(), ids=MATRIX)
-def test_nothing_unused_is_missed(tmp_path: Path, line: str) -> None:
-    image = make_image(tmp_path / "image", _mkfs(line))
+def test_nothing_unused_is_missed(memory_path: Path, line: str) -> None:
+    image = make_image(memory_path / "image", _mkfs(line))
     with mounted(image) as folder:
         fill(folder, seed=len(line))
     with mounted(image, "loop,ro") as folder:
@@ -82,8 +83,8 @@ def test_nothing_unused_is_missed(tmp_path: Path, line: str) -> None:
     [line for name, line in MATRIX.items() if "no-journal" not in name and "ext2" not in name],
     ids=[name for name in MATRIX if "no-journal" not in name and "ext2" not in name],
 )
-def test_equals_the_kernels_own_map_while_frozen(tmp_path: Path, line: str) -> None:
-    image = make_image(tmp_path / "image", _mkfs(line))
+def test_equals_the_kernels_own_map_while_frozen(memory_path: Path, line: str) -> None:
+    image = make_image(memory_path / "image", _mkfs(line))
     with mounted(image) as folder:
         fill(folder, seed=len(line), files=60)
         with frozen(folder):
@@ -106,14 +107,14 @@ UNMOUNTABLE = {
 
 
 @pytest.mark.parametrize("line", UNMOUNTABLE.values(), ids=UNMOUNTABLE)
-def test_without_mounting(tmp_path: Path, line: str) -> None:
+def test_without_mounting(memory_path: Path, line: str) -> None:
     """What some kernels can't mount: filled by mkfs, read by debugfs."""
-    tree, after = tmp_path / "tree", tmp_path / "after"
+    tree, after = memory_path / "tree", memory_path / "after"
     tree.mkdir()
     after.mkdir()
     for n in range(50):
         (tree / f"file{n}").write_bytes(os.urandom(n * 5000))
-    image = make_image(tmp_path / "image", [*_mkfs(line), "-d", str(tree)], 256 * MIB)
+    image = make_image(memory_path / "image", [*_mkfs(line), "-d", str(tree)], 256 * MIB)
     run(["e2fsck", "-fy", str(image)], accept=(0, 1))  # mkfs doesn't count quota usage
     found = read_map(image)
     assert (found.certainty, found.reason) == ("exact", None)
@@ -124,8 +125,8 @@ def test_without_mounting(tmp_path: Path, line: str) -> None:
         assert (after / path.name).read_bytes() == path.read_bytes()
 
 
-def test_partition_bigger_than_its_filesystem(tmp_path: Path) -> None:
-    image = make_image(tmp_path / "image", _mkfs("mkfs.ext4 -b 1024"))
+def test_partition_bigger_than_its_filesystem(memory_path: Path) -> None:
+    image = make_image(memory_path / "image", _mkfs("mkfs.ext4 -b 1024"))
     alone = read_map(image)
     with image.open("r+b") as file:
         file.truncate(128 * MIB + 512)
@@ -136,8 +137,8 @@ def test_partition_bigger_than_its_filesystem(tmp_path: Path) -> None:
     assert found.used.clip(0, 64 * MIB) == alone.used
 
 
-def test_partition_smaller_than_its_filesystem_is_used_whole(tmp_path: Path) -> None:
-    image = make_image(tmp_path / "image", _mkfs("mkfs.ext4"))
+def test_partition_smaller_than_its_filesystem_is_used_whole(memory_path: Path) -> None:
+    image = make_image(memory_path / "image", _mkfs("mkfs.ext4"))
     with FileSource(image) as whole:
         part = PartSource(whole, 0, 64 * MIB - 4096)
         found = allocation_map(part)
@@ -162,8 +163,8 @@ def test_partition_smaller_than_its_filesystem_is_used_whole(tmp_path: Path) -> 
         (["freeb 270", "setb 8000"], "bitmap calls the metadata at block 270 free"),
     ],
 )
-def test_every_doubt_is_all_of_it(tmp_path: Path, commands: list[str], said: str) -> None:
-    image = make_image(tmp_path / "image", _mkfs("mkfs.ext4 -b 1024"))
+def test_every_doubt_is_all_of_it(memory_path: Path, commands: list[str], said: str) -> None:
+    image = make_image(memory_path / "image", _mkfs("mkfs.ext4 -b 1024"))
     script = "\n".join(commands) + "\n"
     run(["debugfs", "-w", "-f", "-", str(image)], input_bytes=script.encode())
     found = read_map(image)
@@ -172,13 +173,13 @@ def test_every_doubt_is_all_of_it(tmp_path: Path, commands: list[str], said: str
     assert found.used.covers(0, image.stat().st_size)
 
 
-def test_external_journal_and_its_device(tmp_path: Path) -> None:
-    journal = make_image(tmp_path / "journal", _mkfs("mkfs.ext4 -b 1024 -O journal_dev"))
+def test_external_journal_and_its_device(memory_path: Path) -> None:
+    journal = make_image(memory_path / "journal", _mkfs("mkfs.ext4 -b 1024 -O journal_dev"))
     assert identify_file(journal) == "jbd"
     assert read_map(journal).certainty == "all"
     loop = run(["losetup", "-f", "--show", str(journal)]).stdout.decode().strip()
     try:
-        image = make_image(tmp_path / "image", _mkfs(f"mkfs.ext4 -b 1024 -J device={loop}"))
+        image = make_image(memory_path / "image", _mkfs(f"mkfs.ext4 -b 1024 -J device={loop}"))
         found = read_map(image)
     finally:
         run(["losetup", "-d", loop])

@@ -34,6 +34,7 @@ from tests.loop.allocation_lab import (
 )
 
 pytestmark = pytest.mark.loop
+pytest_plugins = ["tests.loop.allocation_lab"]  # for memory_path
 
 CRASHES = int(os.environ.get("IMAGER_CRASH_POINTS", "10"))
 DAMAGES = int(os.environ.get("IMAGER_FUZZ_ROUNDS", "300"))
@@ -102,9 +103,9 @@ def _write(path: Path, chance: random.Random) -> None:
             os.fsync(file.fileno())
 
 
-def test_fast_commits_are_a_doubt(tmp_path: Path) -> None:
+def test_fast_commits_are_a_doubt(memory_path: Path) -> None:
     """They are no copies of blocks, so this reader can't follow them."""
-    image = make_image(tmp_path / "image", ["mkfs.ext4", "-q", "-F", "-O", "fast_commit"])
+    image = make_image(memory_path / "image", ["mkfs.ext4", "-q", "-F", "-O", "fast_commit"])
     with mounted(image) as folder:
         _write(folder / "file", random.Random(1))
         os.sync()
@@ -123,19 +124,19 @@ def _after_replay(image: Path) -> tuple[dict[str, object], int]:
 
 
 @pytest.mark.parametrize("seed", range(CRASHES))
-def test_poisoned_copy_replays_to_the_same_files(tmp_path: Path, seed: int) -> None:
-    image = _dirty_image(tmp_path / "image", seed)
+def test_poisoned_copy_replays_to_the_same_files(memory_path: Path, seed: int) -> None:
+    image = _dirty_image(memory_path / "image", seed)
     found = read_map(image)
     print(found.certainty, found.reason, found.used.total)
     assert found.certainty == "union", found.reason
-    poisoned = Path(shutil.copy(image, tmp_path / "poisoned"))
+    poisoned = Path(shutil.copy(image, memory_path / "poisoned"))
     assert poison(poisoned, found.used) > 8 * MIB
     assert _after_replay(poisoned) == _after_replay(image)
 
 
 @pytest.mark.parametrize("seed", range(100, 100 + CRASHES // 2))
-def test_replay_in_memory_equals_e2fscks(tmp_path: Path, seed: int) -> None:
-    image = _dirty_image(tmp_path / "image", seed)
+def test_replay_in_memory_equals_e2fscks(memory_path: Path, seed: int) -> None:
+    image = _dirty_image(memory_path / "image", seed)
     before = image.read_bytes()
     with FileSource(image) as source:
         superblock = Superblock.parse(source.pread(SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE))
@@ -179,14 +180,15 @@ def _without_unused_inodes(descriptors: bytes, step: int) -> bytes:
     return bytes(cleared)
 
 
-def test_random_damage_is_never_a_traceback(tmp_path: Path) -> None:
+def test_random_damage_is_never_a_traceback(memory_path: Path) -> None:
     """Damaged superblocks, descriptors, inodes and journals: an error of ours, or a map."""
     certainties: dict[str, int] = {}
-    for seed in range(len(KINDS)):
-        image = _dirty_image(tmp_path / "image", seed)
+    seeds = range(0, len(KINDS), 2)
+    for seed in seeds:
+        image = _dirty_image(memory_path / "image", seed)
         places = _interesting_places(image)
         chance = random.Random(seed)
-        for _ in range(DAMAGES // len(KINDS)):
+        for _ in range(DAMAGES // len(seeds)):
             with _damaged(image, places, chance):
                 certainty = _map_strictly(image)
             certainties[certainty] = certainties.get(certainty, 0) + 1
@@ -244,10 +246,10 @@ def _map_strictly(image: Path) -> str:
 
 
 @pytest.mark.parametrize("line", KINDS)
-def test_damage_never_frees_a_used_byte(tmp_path: Path, line: str) -> None:
+def test_damage_never_frees_a_used_byte(memory_path: Path, line: str) -> None:
     """A clean filesystem whose superblock, descriptors, journal inode or bitmaps are damaged."""
     program, *options = line.split()
-    image = make_image(tmp_path / "image", [program, "-q", "-F", "-E", "nodiscard", *options])
+    image = make_image(memory_path / "image", [program, "-q", "-F", "-E", "nodiscard", *options])
     with mounted(image, "loop,noinit_itable") as folder:
         fill(folder, len(line), files=60)
     sound = read_map(image)

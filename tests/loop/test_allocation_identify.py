@@ -16,6 +16,7 @@ from imager.process import find_tool, run
 from tests.loop.allocation_lab import MIB
 
 pytestmark = pytest.mark.loop
+pytest_plugins = ["tests.loop.allocation_lab"]  # for memory_path
 
 LUKS = "cryptsetup luksFormat -q --pbkdf-force-iterations 1000"
 
@@ -70,9 +71,9 @@ def _blkid(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_same_as_blkid_and_no_raise_when_damaged(tmp_path: Path, name: str) -> None:
+def test_same_as_blkid_and_no_raise_when_damaged(memory_path: Path, name: str) -> None:
     line, size = MADE[name]
-    image = _make(tmp_path / "image", line, size)
+    image = _make(memory_path / "image", line, size)
     found, told = _identify(image), _blkid(image)
     assert {"crypto_LUKS": "luks"}.get(told["TYPE"], told["TYPE"]) in (found.kind, "ext4dev")
     assert (found.label, found.uuid) == (told.get("LABEL"), told.get("UUID"))
@@ -121,8 +122,8 @@ def _empty(path: Path, size: int) -> Path:
     return path
 
 
-def test_btrfs_over_two_devices(tmp_path: Path) -> None:
-    paths = [_empty(tmp_path / name, 128 * MIB) for name in ("a", "b")]
+def test_btrfs_over_two_devices(memory_path: Path) -> None:
+    paths = [_empty(memory_path / name, 128 * MIB) for name in ("a", "b")]
     run(["mkfs.btrfs", "-q", "-f", *map(str, paths)])
     found = [_identify(path).member_of for path in paths]
     assert [(m.set_kind, m.device_id, m.members) for m in found if m] == [
@@ -132,10 +133,10 @@ def test_btrfs_over_two_devices(tmp_path: Path) -> None:
     assert found[0] and found[1] and found[0].set_id == found[1].set_id
 
 
-def test_volume_group_over_two_devices(tmp_path: Path) -> None:
+def test_volume_group_over_two_devices(memory_path: Path) -> None:
     if find_tool("vgcreate") is None:
         pytest.skip("vgcreate is not installed")
-    paths = [_empty(tmp_path / name, 32 * MIB) for name in ("a", "b", "c")]
+    paths = [_empty(memory_path / name, 32 * MIB) for name in ("a", "b", "c")]
     with _loops(paths) as devices:
         filters = "devices { filter=[" + ",".join(f'"a|^{d}$|"' for d in devices) + ',"r|.*|"] }'
         config = ["--config", filters + " activation { udev_sync=0 udev_rules=0 }"]
@@ -185,11 +186,11 @@ def _raid_member(version: str, size: int) -> tuple[int, bytes]:
 
 
 @pytest.mark.parametrize("version", ["0.90", "1.0", "1.1", "1.2"])
-def test_raid_member_is_no_filesystem(tmp_path: Path, version: str) -> None:
+def test_raid_member_is_no_filesystem(memory_path: Path, version: str) -> None:
     """A mirror with its superblock at the end shows its filesystem: the member comes first.
 
     Written here, because an array needs the md driver; blkid confirms the superblock."""
-    image = _empty(tmp_path / "image", 64 * MIB + 12345 * 512)
+    image = _empty(memory_path / "image", 64 * MIB + 12345 * 512)
     offset, superblock = _raid_member(version, image.stat().st_size)
     if version in ("0.90", "1.0"):
         run(["mkfs.ext4", "-q", "-F", "-E", "nodiscard", str(image), "48M"])

@@ -1,0 +1,5 @@
+"""`python -m bench` runs the side-by-side measurements."""
+
+from bench.compare import main
+
+main()

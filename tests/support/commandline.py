@@ -1,0 +1,106 @@
+"""Running imager: in this process (quick), or as a process that can be killed and measured."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from imager.__main__ import main
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Standard output, which must be exactly one JSON document."""
+        return json.loads(self.out)
+
+
+def imager(*words: object, code: int = 0) -> Outcome:
+    """Run a command in this process, without a terminal, and check its exit code."""
+    out, err = io.StringIO(), io.StringIO()
+    before = sys.argv, sys.stdin
+    sys.argv, sys.stdin = ["imager", *map(str, words)], io.StringIO()
+    found = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as end:
+        found = int(end.code or 0)
+    finally:
+        sys.argv, sys.stdin = before
+    outcome = Outcome(found, out.getvalue(), err.getvalue())
+    assert found == code, f"exit code {found} instead of {code}: {words}\n{outcome}"
+    assert "Traceback" not in outcome.err, outcome.err
+    return outcome
+
+
+def command(*words: object) -> list[str]:
+    """The command line of a process of its own."""
+    return [sys.executable, "-m", "imager", *map(str, words)]
+
+
+def start(*words: object) -> subprocess.Popen[str]:
+    """A running imager; standard output and error are pipes."""
+    return subprocess.Popen(
+        command(*words),
+        cwd=CHECKOUT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], *, seconds: float = 60) -> Outcome:
+    try:
+        out, err = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
+    return Outcome(process.returncode, out, err)
+
+
+def kill_after(seconds: float, *words: object, number: int = signal.SIGKILL) -> Outcome:
+    """Send a signal to a running command; it may have ended before."""
+    process = start(*words)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    process.send_signal(number)
+    return finish(process)
+
+
+def peak_memory(*words: object) -> tuple[Outcome, int]:
+    """Run to the end; the process's largest resident set, in bytes."""
+    process = start(*words)
+    assert process.stdout is not None and process.stderr is not None
+    # imager says little, so that the pipes hold it until the process has ended
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    outcome = Outcome(process.returncode, process.stdout.read(), process.stderr.read())
+    process.stdout.close()
+    process.stderr.close()
+    return outcome, usage.ru_maxrss * 1024
+
+
+@contextlib.contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Prints how long a block took (shown by pytest -rP)."""
+    started = time.monotonic()
+    yield
+    print(f"{what}: {time.monotonic() - started:.2f} s")

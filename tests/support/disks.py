@@ -1,0 +1,113 @@
+"""Disks for tests: full of a pattern (so that nothing is zero by luck), partitioned, mounted."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from imager.process import run
+
+KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+
+needs_loop = [
+    pytest.mark.loop,
+    pytest.mark.skipif(os.geteuid() != 0, reason="loop devices and mounts need root"),
+]
+
+# None of them discards, so that free space keeps the pattern.
+MKFS = {
+    "ext4": ["mkfs.ext4", "-q", "-F", "-E", "nodiscard"],
+    "ext2": ["mkfs.ext2", "-q", "-F", "-b", "1024", "-E", "nodiscard"],
+    "xfs": ["mkfs.xfs", "-q", "-f", "-K"],
+    "btrfs": ["mkfs.btrfs", "-q", "-f", "-K"],
+}
+FSCK = {
+    "ext4": ["e2fsck", "-f", "-n"],
+    "ext2": ["e2fsck", "-f", "-n"],
+    "xfs": ["xfs_repair", "-n"],
+    "btrfs": ["btrfs", "check"],
+}
+
+# Two partitions and a hole between them; ids that a restore must keep.
+GPT_SCRIPT = """label: gpt
+label-id: 11111111-2222-4333-8444-555555555555
+start=2048, size=32768, type=L, uuid=AAAAAAAA-BBBB-4CCC-8DDD-EEEEEEEEEEE1, name="boot"
+start=40960, size={rest}, type=L, uuid=AAAAAAAA-BBBB-4CCC-8DDD-EEEEEEEEEEE2, name="root"
+"""
+
+
+def make_file(path: Path, size: int, fill: int = 0xA5) -> Path:
+    """A raw image without a zero in it, ``size`` bytes long."""
+    chunk = bytes([fill]) * MIB
+    with path.open("wb") as file:
+        for start in range(0, size, MIB):
+            file.write(chunk[: min(MIB, size - start)])
+    return path
+
+
+def make_sparse(path: Path, size: int) -> Path:
+    with path.open("wb") as file:
+        file.truncate(size)
+    return path
+
+
+def make_random(path: Path, size: int, seed: int = 1) -> Path:
+    """A raw image that does not compress, the same for the same seed."""
+    chance = random.Random(seed)
+    with path.open("wb") as file:
+        for start in range(0, size, MIB):
+            file.write(chance.randbytes(min(MIB, size - start)))
+    return path
+
+
+def make_gpt(path: Path, size: int = 64 * MIB, *, fill: int = 0xA5) -> Path:
+    """A disk with a partition of 16 MiB and one of nearly the rest, without filesystems."""
+    make_file(path, size, fill)
+    script = GPT_SCRIPT.format(rest=size // 512 - 40960 - 2048)
+    run(["sfdisk", "--quiet", "--wipe=never", str(path)], input_bytes=script.encode())
+    return path
+
+
+def make_filesystem(device: str | Path, kind: str) -> None:
+    run([*MKFS[kind], str(device)])
+
+
+def check_filesystem(device: str | Path, kind: str) -> None:
+    """Raises ToolError when the filesystem has a fault."""
+    run([*FSCK[kind], str(device)])
+
+
+@contextlib.contextmanager
+def mounted(device: str | Path, folder: Path, options: str = "noatime") -> Iterator[Path]:
+    folder.mkdir(exist_ok=True)
+    run(["mount", "-o", options, str(device), str(folder)])
+    try:
+        yield folder
+    finally:
+        run(["umount", str(folder)])
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a whole file or device."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_at(path: str | Path, offset: int, length: int) -> bytes:
+    with Path(path).open("rb") as file:
+        file.seek(offset)
+        return file.read(length)
+
+
+def write_at(path: str | Path, offset: int, content: bytes) -> None:
+    with Path(path).open("r+b") as file:
+        file.seek(offset)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,125 @@
+"""A FUSE file with faults: bad sectors that answer EIO, or bytes that read back other than written.
+
+``faulty_file`` mounts one; this module run as a program serves it. Reads and writes are passed to
+a file elsewhere, without a page cache in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.commandline import CHECKOUT
+
+_LIBRARY = "libfuse3.so.3"
+_NAME = "disk.img"
+
+
+@contextlib.contextmanager
+def faulty_file(
+    backing: Path,
+    *,
+    bad: Sequence[tuple[int, int]] = (),
+    flipped: Sequence[int] = (),
+    room: int | None = None,
+) -> Iterator[Path]:
+    """The path of the mounted file.
+
+    ``bad``: ranges in bytes that can't be read; ``flipped``: bytes of which a bit reads wrongly;
+    ``room``: bytes that may be written before there is no space left.
+    """
+    if not Path("/dev/fuse").exists():
+        pytest.skip("no FUSE here: /dev/fuse is missing")
+    folder = backing.with_name(f"{backing.name}.fuse")
+    folder.mkdir()
+    faults = json.dumps({"bad": list(bad), "flipped": list(flipped), "room": room})
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.fusefile", str(backing), str(folder), faults],
+        cwd=CHECKOUT,
+        env={**os.environ, "FUSE_LIBRARY_PATH": _LIBRARY},
+        stderr=subprocess.PIPE,
+    )
+    try:
+        _wait_for(folder / _NAME, server)
+        yield folder / _NAME
+    finally:
+        subprocess.run(["umount", str(folder)], check=False, capture_output=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(5)
+        server.kill()
+        server.communicate()
+
+
+def _wait_for(path: Path, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        if server.poll() is not None or time.monotonic() > deadline:
+            server.kill()
+            _, said = server.communicate()
+            pytest.skip(f"FUSE does not work here: {said.decode(errors='replace').strip()[-300:]}")
+        time.sleep(0.02)
+
+
+def _serve(backing: str, folder: str, faults: dict[str, Any]) -> None:
+    import mfusepy
+
+    class Faulty(mfusepy.Operations):  # type: ignore[misc]
+        use_ns = True
+
+        def __init__(self) -> None:
+            self.fd = os.open(backing, os.O_RDWR)
+            self.room = faults["room"]
+
+        def getattr(self, path: str, fh: int | None = None) -> dict[str, int]:
+            if path == "/":
+                return {"st_mode": stat.S_IFDIR | 0o755, "st_nlink": 2}
+            if path != f"/{_NAME}":
+                raise mfusepy.FuseOSError(errno.ENOENT)
+            size = os.fstat(self.fd).st_size
+            return {"st_mode": stat.S_IFREG | 0o600, "st_nlink": 1, "st_size": size}
+
+        def readdir(self, path: str, fh: int) -> list[str]:
+            return [".", "..", _NAME]
+
+        def open(self, path: str, flags: int) -> int:
+            return 0
+
+        def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
+            for start, length in faults["bad"]:
+                if start < offset + size and start + length > offset:
+                    raise mfusepy.FuseOSError(errno.EIO)
+            content = bytearray(os.pread(self.fd, size, offset))
+            for at in faults["flipped"]:
+                if offset <= at < offset + len(content):
+                    content[at - offset] ^= 1
+            return bytes(content)
+
+        def write(self, path: str, data: bytes, offset: int, fh: int) -> int:
+            if self.room is not None:
+                if self.room < len(data):
+                    raise mfusepy.FuseOSError(errno.ENOSPC)
+                self.room -= len(data)
+            return os.pwrite(self.fd, data, offset)
+
+        def truncate(self, path: str, length: int, fh: int | None = None) -> None:
+            os.ftruncate(self.fd, length)
+
+        def fsync(self, path: str, datasync: int, fh: int) -> None:
+            os.fsync(self.fd)
+
+    mfusepy.FUSE(Faulty(), folder, foreground=True, nothreads=True, direct_io=True)
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
