@@ -62,7 +62,8 @@ class FileSource:
     """A block device or a regular file as a ``BlockSource``. A context manager."""
 
     def __init__(self, path: str | Path, *, logical_sector: int | None = None) -> None:
-        """``logical_sector`` in bytes: for files of disks that had other than 512.
+        """``logical_sector`` in bytes: for files of disks that had other than 512; devices tell
+        their own.
 
         Raises SourceError when it can't be opened or is neither device nor regular file.
         """
@@ -72,7 +73,7 @@ class FileSource:
             self.is_device = _is_block_device(self._fd, self.path)
             self.size = _size(self._fd, self.is_device)
             self.logical_sector, self.physical_sector = _sectors(self._fd, self.is_device)
-            if logical_sector is not None:
+            if logical_sector is not None and not self.is_device:
                 self.logical_sector = self.physical_sector = logical_sector
             if not self.is_device:
                 os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)

@@ -31,12 +31,13 @@ from imager.format import (
     root_digest,
 )
 from imager.layout import DiskLayout
+from imager.lineage import Lineage
 from imager.manifest import Manifest, new_document
 from imager.pack import Encoder, Packer, Record
 from imager.pipeline import BufferPool, run_pipeline, worker_count
 from imager.progress import Progress
 from imager.reading import EmptyRun, ReadPlan, Span
-from imager.repository import Repository, new_image_id, utc_now
+from imager.repository import Repository, StoredBlocks, new_image_id, utc_now
 
 # Chosen by measurement, see docs/performance.md.
 DEFAULT_LEVEL = 1
@@ -102,14 +103,15 @@ def capture(job: CaptureJob, repository: Repository, progress: Progress) -> Mani
     if not 1 <= job.level <= 19:
         raise UsageError(f"compression level {job.level}: it must be from 1 to 19")
     image_id, started = new_image_id(), monotonic()
-    document = _new_manifest(image_id, job, repository)
+    previous = repository.latest(job.name)
+    document = _new_manifest(image_id, job, repository, previous)
     with _session(repository, image_id):
         for _ in range(_MAX_PASSES):
-            index, damaged = repository.block_index()
-            for text in damaged:
+            stored = repository.stored_blocks()
+            for text in stored.damaged:
                 progress.note(f"not shared, its blocks are stored again: {text}")
             statistics = Statistics()
-            disks, shared = _store_disks(job, repository, index, statistics, progress)
+            disks, shared = _store_disks(job, repository, previous, stored, statistics, progress)
             if not shared & repository.condemned():
                 break
             progress.note("a gc took packs that this capture shares: storing those blocks again")
@@ -126,8 +128,9 @@ def capture(job: CaptureJob, repository: Repository, progress: Progress) -> Mani
     return Manifest.from_document(document, image_id)
 
 
-def _new_manifest(image_id: str, job: CaptureJob, repository: Repository) -> dict[str, Any]:
-    previous = repository.latest(job.name)
+def _new_manifest(
+    image_id: str, job: CaptureJob, repository: Repository, previous: Manifest | None
+) -> dict[str, Any]:
     return new_document(
         "image",
         id=image_id,
@@ -164,7 +167,8 @@ def _session(repository: Repository, image_id: str) -> Iterator[None]:
 def _store_disks(
     job: CaptureJob,
     repository: Repository,
-    index: BlockIndex,
+    previous: Manifest | None,
+    stored: StoredBlocks,
     statistics: Statistics,
     progress: Progress,
 ) -> tuple[list[dict[str, Any]], set[bytes]]:
@@ -175,7 +179,10 @@ def _store_disks(
         blocks = stack.enter_context(Packer(repository.store, PackKind.DATA))
         writers = []
         for disk in job.disks:
-            writer = _DiskWriter(disk, job, repository.block_size, index, blocks, pages, statistics)
+            lineage = Lineage(repository, previous, disk.name, stored)
+            writer = _DiskWriter(
+                disk, job, repository.block_size, stored.index, lineage, blocks, pages, statistics
+            )
             writer.run(progress)
             writers.append(writer)
     statistics.stored_bytes = blocks.bytes_written + pages.bytes_written
@@ -202,6 +209,7 @@ class _DiskWriter:
         job: CaptureJob,
         block_size: int,
         index: BlockIndex,
+        lineage: Lineage,
         blocks: Packer,
         pages: Packer,
         statistics: Statistics,
@@ -211,6 +219,7 @@ class _DiskWriter:
         self._job = job
         self._block_size = block_size
         self._index = index
+        self._lineage = lineage
         self._block_packer = blocks
         self._page_packer = pages
         self._statistics = statistics
@@ -285,6 +294,8 @@ class _DiskWriter:
         content = span.buffer.view[start:end]
         digest = digest_of(content)
         place = self._index.get(digest)
+        if place is None:
+            place = self._lineage.get((span.offset + start) // self._block_size, digest)
         if place is not None:
             return _Block(state, len(content), digest, place)
         record = self._encoder().encode(RecordKind.BLOCK, digest, content)

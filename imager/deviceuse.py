@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from imager.sysfs import entries, read_text
 
 SYS_ROOT = Path("/sys")
 PROC_ROOT = Path("/proc")
@@ -52,10 +53,10 @@ def disk_numbers_below(path: Path) -> set[str]:
             continue
         found.add(number)
         folder = SYS_ROOT / "dev/block" / number
-        todo += [text for slave in _entries(folder / "slaves") if (text := _read(slave / "dev"))]
-        if (folder / "partition").exists() and (text := _read(folder.resolve().parent / "dev")):
+        todo += [text for slave in entries(folder / "slaves") if (text := read_text(slave / "dev"))]
+        if (folder / "partition").exists() and (text := read_text(folder.resolve().parent / "dev")):
             todo.append(text)
-        if backing := _read(folder / "loop/backing_file"):
+        if backing := read_text(folder / "loop/backing_file"):
             below = _status_of_nearest(Path(backing))
             if below is not None:
                 todo.append(_number(below.st_dev))
@@ -73,9 +74,9 @@ def _stack(path: str) -> set[str]:
             continue
         found.add(number)
         folder = SYS_ROOT / "dev/block" / number
-        partitions = [entry for entry in _entries(folder) if (entry / "partition").exists()]
-        for entry in [*partitions, *_entries(folder / "holders")]:
-            if text := _read(entry / "dev"):
+        partitions = [entry for entry in entries(folder) if (entry / "partition").exists()]
+        for entry in [*partitions, *entries(folder / "holders")]:
+            if text := read_text(entry / "dev"):
                 todo.append(text)
         todo += _loops_of(f"/dev/{_device_name(number)}")
     return found
@@ -86,9 +87,9 @@ def _loops_of(path: str) -> list[str]:
     real = os.path.realpath(path)
     return [
         number
-        for device in _entries(SYS_ROOT / "block")
-        if device.name.startswith("loop") and _read(device / "loop/backing_file") == real
-        if (number := _read(device / "dev"))
+        for device in entries(SYS_ROOT / "block")
+        if device.name.startswith("loop") and read_text(device / "loop/backing_file") == real
+        if (number := read_text(device / "dev"))
     ]
 
 
@@ -141,22 +142,8 @@ def _number(device: int) -> str:
     return f"{os.major(device)}:{os.minor(device)}"
 
 
-def _entries(folder: Path) -> Iterator[Path]:
-    try:
-        yield from sorted(folder.iterdir())
-    except OSError:
-        return
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
 def _lines(path: Path) -> list[str]:
-    return (_read(path) or "").splitlines()
+    return (read_text(path) or "").splitlines()
 
 
 def _unescape(text: str) -> str:

@@ -12,7 +12,7 @@ from imager.blockmap import BlockMap
 from imager.blocksource import BlockSource, FileSource, PartSource
 from imager.deviceuse import device_numbers, disk_numbers_below, uses_of
 from imager.diskidentity import DiskIdentity, disk_identity
-from imager.errors import ImagerError, UsageError
+from imager.errors import ImagerError, SourceError, UsageError
 from imager.extents import Extent
 from imager.growfs import can_grow
 from imager.manifest import Disk, Manifest
@@ -20,6 +20,9 @@ from imager.marker import MARKER_SIZE, Marker
 from imager.partitions import PartitionTable, read_partition_table, smallest_disk
 from imager.process import find_tool
 from imager.repository import Repository
+
+# UEFI Specification 2.10, 5.3.1: at least this much is reserved for the entries
+_GPT_ENTRIES_BYTES = 16384
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class RestorePlan:
     warnings: tuple[str, ...]
     refusals: tuple[str, ...]
     resumes: bool
+    stale_gpt: Extent | None
+    """The backup GPT that a former table left at the target's end, to be zeroed."""
     data_bytes: int
     packs: int
 
@@ -106,13 +111,17 @@ class _Planner:
         map_ = self._repository.block_map(self._disk)
         source = self._source_range()
         exists = Path(self._path).exists()
-        offset, size, resumes = 0, source.length, False
+        offset, size, resumes, stale_gpt = 0, source.length, False, None
         if exists:
             self._check_use()
-            with self._open_target() as target:
-                offset, size = self._target_range(target, source)
-                resumes = self._look_at(PartSource(target, offset, size), source)
-                self._check_sectors(target)
+            try:
+                with self._open_target() as target:
+                    offset, size = self._target_range(target, source)
+                    resumes = self._look_at(PartSource(target, offset, size), source)
+                    self._check_sectors(target)
+                    stale_gpt = self._find_stale_gpt(target)
+            except SourceError as error:
+                self._refusals.append(error.message)
         self._check_room(map_, source, size)
         source = Extent(source.offset, min(source.length, size))
         data_bytes, packs = self._check_packs(map_, source)
@@ -132,6 +141,7 @@ class _Planner:
             warnings=tuple(self._warnings),
             refusals=tuple(self._refusals),
             resumes=resumes,
+            stale_gpt=stale_gpt,
             data_bytes=data_bytes,
             packs=packs,
         )
@@ -224,6 +234,21 @@ class _Planner:
         elif (inside := identify(target)).kind != "unknown":
             self._overwrites.append(f"{inside.kind} {inside.label or ''}".rstrip())
         return False
+
+    def _find_stale_gpt(self, target: FileSource) -> Extent | None:
+        """Firmware and tools would find it, and take it for the disk's table."""
+        unit = target.logical_sector
+        length = _GPT_ENTRIES_BYTES + unit
+        is_overwritten = self._table.backup_size or target.size < self._disk.size + length
+        if self._options.partition is not None or is_overwritten:
+            return None
+        try:
+            if not target.pread(target.size - unit, unit).startswith(b"EFI PART"):
+                return None
+        except OSError:
+            return None
+        self._steps.append("remove the backup GPT that a former table left at the target's end")
+        return Extent(target.size - length, length)
 
     # --- does it fit ---
 

@@ -6,6 +6,7 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -50,6 +51,15 @@ def utc_now() -> str:
 def new_image_id() -> str:
     """Sorts by time; the random part keeps images of one second apart."""
     return datetime.now(UTC).strftime("%Y%m%dt%H%M%Sz-") + secrets.token_hex(4)
+
+
+@dataclass(frozen=True)
+class StoredBlocks:
+    """Records that a capture may share; ``damaged`` says which packs it may not, and why."""
+
+    index: BlockIndex
+    packs: set[bytes]
+    damaged: list[str]
 
 
 class Repository:
@@ -267,12 +277,10 @@ class Repository:
             )
         return BlockMap(self, blocks=disk.blocks, height=disk.height, top=disk.top, top_digest=top)
 
-    def block_index(self) -> tuple[BlockIndex, list[str]]:
-        """What is stored already, and the names of packs that can't be used, with the reason.
-
-        Packs that are condemned or damaged are left out, so their blocks are stored again.
-        """
-        index, damaged = BlockIndex(), []
+    def stored_blocks(self) -> StoredBlocks:
+        """What is stored already. Packs that are condemned or damaged are left out, so their
+        blocks are stored again."""
+        stored = StoredBlocks(BlockIndex(), set(), [])
         condemned = self.condemned()
         for pack_id in self.pack_ids():
             if pack_id in condemned:
@@ -282,12 +290,13 @@ class Repository:
             except ObjectMissing:
                 continue  # deleted by a gc meanwhile
             except ImagerError as error:
-                damaged.append(error.message)
+                stored.damaged.append(error.message)
                 continue
-            index.reserve(len(pack.entries))
+            stored.packs.add(pack_id)
+            stored.index.reserve(len(pack.entries))
             for ordinal, entry in enumerate(pack.entries):
-                index.add(entry.digest, Place(pack_id, ordinal))
-        return index, damaged
+                stored.index.add(entry.digest, Place(pack_id, ordinal))
+        return stored
 
 
 def _located(error: IntegrityError, url: str, place: Place) -> IntegrityError:

@@ -179,6 +179,8 @@ class _Restorer:
         self._run(Extent(head_end, source.end - head_end), self._write_job)
         self._target.sync()
         self._run(Extent(source.offset, head_end - source.offset), self._write_head)
+        if self._plan.stale_gpt:
+            self._target.zero(*self._plan.stale_gpt)
         self._target.sync()
 
     def read_back(self) -> None:

@@ -16,6 +16,7 @@ from imager.cli.output import print_json, print_table
 if TYPE_CHECKING:
     from imager.blocksource import FileSource
     from imager.capture import SourceDisk
+    from imager.fingerprint import Device, Fingerprint
     from imager.layout import DiskLayout
     from imager.manifest import Manifest
     from imager.repository import Repository
@@ -60,7 +61,7 @@ def inspect(
         print_json(document)
     else:
         _print_disk(document, layout)
-        _print_hardware(document["hardware"])
+        _print_hardware(hardware)
 
 
 def capture(
@@ -266,15 +267,33 @@ def _print_disk(document: dict[str, Any], layout: DiskLayout) -> None:
     print(f"a capture reads {show_bytes(document['used_bytes'])}")
 
 
-def _print_hardware(hardware: dict[str, Any]) -> None:
+def _print_hardware(hardware: Fingerprint) -> None:
+    from imager.units import show_bytes
+
     print("\nthis machine:")
-    for key, value in hardware.items():
-        if isinstance(value, list):
-            for item in value:
-                words = [f"{k}={v}" for k, v in item.items() if v not in (None, "", [], {})]
-                print(f"  {key}: {' '.join(words)}")
-        elif value is not None:
-            print(f"  {key}: {value}")
+    facts = {
+        "vendor": hardware.system_vendor,
+        "product": hardware.system_product,
+        "cpu": " ".join(filter(None, [hardware.cpu_model, hardware.architecture])),
+        "memory": show_bytes(hardware.memory) if hardware.memory else None,
+        "firmware": hardware.firmware,
+        "secure boot": {True: "on", False: "off", None: None}[hardware.secure_boot],
+    }
+    for name, fact in facts.items():
+        if fact:
+            print(f"  {name:<12} {fact}")
+    for device in hardware.storage:
+        print(f"  storage      {_device_words(device)}")
+    for card in hardware.network:
+        chain = ", ".join(_device_words(device) for device in card.devices)
+        print(f"  network      {card.name} {card.mac or ''} {chain}".rstrip())
+    for disk in hardware.disks:
+        words = [disk.path, show_bytes(disk.size or 0), disk.model, disk.serial, disk.transport]
+        print(f"  disk         {' '.join(filter(None, words))}")
+
+
+def _device_words(device: Device) -> str:
+    return f"{device.driver or 'no driver'} ({device.bus} {device.vendor}:{device.device})"
 
 
 def _print_capture(manifest: Manifest, json: bool) -> None:

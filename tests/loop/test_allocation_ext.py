@@ -11,6 +11,7 @@ import pytest
 from imager.allocation import allocation_map, identify
 from imager.blocksource import FileSource, PartSource
 from imager.process import run
+from tests.loop import allocation_lab
 from tests.loop.allocation_lab import (
     MIB,
     device_of,
@@ -25,7 +26,7 @@ from tests.loop.allocation_lab import (
 )
 
 pytestmark = pytest.mark.loop
-pytest_plugins = ["tests.loop.allocation_lab"]  # for memory_path
+memory_path = allocation_lab.memory_path  # the fixture
 
 MATRIX = {
     "ext2-1k": "mkfs.ext2 -b 1024",

@@ -20,6 +20,7 @@ from imager.allocation.ext.layout import SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE, Sup
 from imager.blocksource import FileSource
 from imager.errors import ImagerError
 from imager.process import run
+from tests.loop import allocation_lab
 from tests.loop.allocation_lab import (
     MIB,
     SHUTDOWN_LOGFLUSH,
@@ -34,7 +35,7 @@ from tests.loop.allocation_lab import (
 )
 
 pytestmark = pytest.mark.loop
-pytest_plugins = ["tests.loop.allocation_lab"]  # for memory_path
+memory_path = allocation_lab.memory_path  # the fixture
 
 CRASHES = int(os.environ.get("IMAGER_CRASH_POINTS", "10"))
 DAMAGES = int(os.environ.get("IMAGER_FUZZ_ROUNDS", "300"))

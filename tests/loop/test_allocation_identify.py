@@ -13,10 +13,11 @@ import pytest
 from imager.allocation import Filesystem, allocation_map, identify
 from imager.blocksource import FileSource
 from imager.process import find_tool, run
+from tests.loop import allocation_lab
 from tests.loop.allocation_lab import MIB
 
 pytestmark = pytest.mark.loop
-pytest_plugins = ["tests.loop.allocation_lab"]  # for memory_path
+memory_path = allocation_lab.memory_path  # the fixture
 
 LUKS = "cryptsetup luksFormat -q --pbkdf-force-iterations 1000"
 

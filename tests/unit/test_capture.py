@@ -1,4 +1,4 @@
-"""Capture and restore through the Python interface: whatever is used comes back, the rest is zero."""
+"""Capture and restore by the Python interface: what is used comes back, the rest is zero."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from imager.progress import NullProgress
 from imager.repository import Repository
 from imager.restore import RestoreResult, restore
 from imager.verify import verify
+from tests.support.disks import MEMORY_FOLDER
 from tests.support.sources import MemorySource, memory_disk
 
 KIB = 1 << 10
@@ -81,7 +82,7 @@ def test_used_bytes_come_back_and_the_rest_is_zero(
 ) -> None:
     source, used = disk
     expected = kept(source.content, used)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=MEMORY_FOLDER) as name:
         folder = Path(name)
         repository = Repository.create(str(folder / "repo"), block_size=block_size)
         manifest = take(repository, memory_disk(source, used))
@@ -121,7 +122,7 @@ def test_bad_sectors_are_listed_to_the_sector(
     expected = bytearray(kept(source.content, used))
     for extent in lost:
         expected[extent.offset : extent.end] = bytes(extent.length)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=MEMORY_FOLDER) as name:
         repository = Repository.create(f"{name}/repo", block_size=64 * KIB)
         manifest = take(repository, memory_disk(source, used))
         assert manifest.partial == bool(lost)

@@ -9,12 +9,29 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from imager.errors import FormatError, ImagerError, IntegrityError, ObjectMissing
-from imager.format import PackKind, Place, RecordKind, digest_of, seal, unseal
+from imager.format import (
+    NO_DIGEST,
+    PackKind,
+    Page,
+    Place,
+    RecordKind,
+    State,
+    digest_of,
+    map_height,
+    root_digest,
+    seal,
+    unseal,
+)
+from imager.manifest import new_document
 from imager.pack import Decoder, Encoder, Pack, Packer, PackWriter, Record, pack_name
 from imager.plan import RestoreOptions, plan_restore
 from imager.progress import NullProgress
@@ -400,3 +417,121 @@ def test_expired_capture_is_no_damage(shop: Shop) -> None:
     result = shop.verify()
     assert result.is_sound, result.faults
     assert result.images == 2
+
+
+# --- sealed, and still wrong ------------------------------------------------------------------
+
+NEEDED = ("kind", "format", "features", "block_size")
+NEEDED_OF_DISK = ("name", "size", "height", "top", "root")
+HOSTILE_ID = "20240229t235959z-0123abcd"
+
+
+def commit(folder: Path, document: dict[str, Any]) -> str:
+    """Put a sealed manifest into a repository."""
+    content = seal({**document, "id": HOSTILE_ID})
+    (folder / "manifests" / f"{HOSTILE_ID}.json").write_bytes(content)
+    return HOSTILE_ID
+
+
+def document_of(folder: Path, image: str) -> dict[str, Any]:
+    return dict(Repository.open(str(folder)).manifest(image).document)
+
+
+def test_the_needed_keys_of_a_manifest_are_enough(tiny: Path, tmp_path: Path) -> None:
+    """The document: "Readers need only the keys in bold"."""
+    document = document_of(tiny, tiny_image())
+    least = {key: document[key] for key in NEEDED}
+    least["disks"] = [{key: disk[key] for key in NEEDED_OF_DISK} for disk in document["disks"]]
+    image = commit(tiny, least)
+    right = restored(tiny, tiny_image(), tmp_path / "right.img")
+    assert restored(tiny, image, tmp_path / "disk.img") == right is not None
+    assert verify(Repository.open(str(tiny)), [image], NullProgress()).is_sound
+
+
+@pytest.mark.parametrize("key", ["partitions", "table", "unreadable", "identity", "logical_sector"])
+@pytest.mark.parametrize("value", [None, 5, "x", [], {}, [5], [{}], [{"number": 1, "offset": "x"}]])
+def test_impossible_values_of_other_keys_are_errors_at_most(
+    tiny: Path, tmp_path: Path, key: str, value: object
+) -> None:
+    document = document_of(tiny, tiny_image())
+    document["disks"][0][key] = value
+    image = commit(tiny, document)
+    is_found(tiny)
+    restored(tiny, image, tmp_path / "disk.img")
+
+
+@st.composite
+def hostile_pages(draw: st.DrawFn) -> Page:
+    """A page that follows the format; its places lead anywhere in two packs, or nowhere."""
+    level = draw(st.integers(0, 2))
+    count = draw(st.sampled_from([1, 3, 5, 1024]))
+    states = draw(
+        st.lists(st.integers(0, 3 if level == 0 else 2), min_size=count, max_size=count)
+        if count < 9
+        else st.just([draw(st.integers(0, 2))] * count)
+    )
+    place = st.builds(
+        Place,
+        st.sampled_from([b"A" * 16, b"B" * 16, b"C" * 16]),
+        st.sampled_from([0, 1, 2, 3, 9, 0xFFFFFFFF]),
+    )
+    shared = draw(place)
+    stored = [state in (State.DATA, State.UNREADABLE) for state in states]
+    places = tuple((draw(place) if count < 9 else shared) if is_ else None for is_ in stored)
+    return Page(
+        level, bytes(states), tuple(b"d" * 32 if is_ else NO_DIGEST for is_ in stored), places
+    )
+
+
+hostile_records = st.lists(
+    hostile_pages().map(lambda page: (RecordKind.PAGE, page.encode()))
+    | st.binary(min_size=1, max_size=200).map(lambda content: (RecordKind.PAGE, content))
+    | st.binary(min_size=1, max_size=200).map(lambda content: (RecordKind.BLOCK, content)),
+    min_size=1,
+    max_size=5,
+)
+
+
+def write_pack(folder: Path, pack_id: bytes, records: list[tuple[RecordKind, bytes]]) -> None:
+    """A pack that is sound in itself, under an id of our choice."""
+    encoder = Encoder(1, BLOCK)
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(secrets, "token_bytes", lambda _: pack_id)
+        writer = PackWriter(LocalStore(folder), PackKind.MAP, 0, stack)
+        for kind, content in records:
+            writer.append(encoder.encode(kind, digest_of(content), content))
+        writer.finish()
+
+
+@settings(max_examples=150, deadline=None)
+@given(hostile_records, hostile_records, st.sampled_from([1, 3, 5, 1024, 1025, 3 * 1024, 1 << 21]))
+def test_a_hostile_repository_is_an_error_at_most(
+    first: list[tuple[RecordKind, bytes]], second: list[tuple[RecordKind, bytes]], blocks: int
+) -> None:
+    """Everything is sealed and every checksum right; only what the pages say makes no sense."""
+    with TemporaryDirectory() as name:
+        folder = Path(name, "repository")
+        repository = Repository.create(str(folder), block_size=BLOCK)
+        write_pack(folder, b"A" * 16, first)
+        write_pack(folder, b"B" * 16, second)
+        top = next((n for n, (kind, _) in enumerate(first) if kind == RecordKind.PAGE), 0)
+        try:
+            digest = repository.page(Place(b"A" * 16, top)).content_digest()
+        except ImagerError:
+            digest = NO_DIGEST
+        size, height = blocks * BLOCK, map_height(blocks)
+        disk = {
+            "name": "sda",
+            "size": size,
+            "height": height,
+            "top": {"pack": (b"A" * 16).hex(), "ordinal": top},
+            "root": root_digest(size, BLOCK, height, digest).hex(),
+            "table": {"scheme": "none", "sector_size": 512},
+        }
+        (folder / "manifests").mkdir()
+        image = commit(folder, new_document("image", block_size=BLOCK, disks=[disk]))
+        damaged = is_found(folder)
+        content = restored(folder, image, Path(name, "disk.img"))
+        if content is not None:
+            assert not damaged
+            assert not any(content)  # no block has the digest that the pages name
