@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,22 +55,23 @@ class Row:
 
 
 def timed(command: str) -> Run:
-    """Run a shell line (pipes are part of what is compared) and account for all its processes."""
-    begin = time.monotonic()
-    process = subprocess.Popen(
-        ["bash", "-o", "pipefail", "-c", command],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stderr is not None
-    said = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"exit code {process.returncode} from: {command}\n{said.decode()}")
-    wall = time.monotonic() - begin
-    return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+    """Run a shell line (pipes are part of what is compared) and account for all its processes.
+
+    GNU time does the accounting: a child forked from this process would start with our memory.
+    """
+    with tempfile.NamedTemporaryFile() as report:
+        timing = ["time", "-o", report.name, "-f", "%e %U %S %M"]
+        result = subprocess.run(
+            [*timing, "bash", "-o", "pipefail", "-c", command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        if result.returncode:
+            said = result.stderr.decode()
+            raise SystemExit(f"exit code {result.returncode} from: {command}\n{said}")
+        wall, user, system, peak = map(float, Path(report.name).read_text().split())
+    return Run(wall, user + system, peak / 1024)
 
 
 class Bench:

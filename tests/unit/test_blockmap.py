@@ -18,10 +18,10 @@ PACK = bytes(16)
 
 
 class Part(NamedTuple):
-    """``count`` neighbouring blocks of one state."""
+    """Neighbouring blocks of one state."""
 
     state: State
-    count: int
+    blocks: int
 
 
 class Pages:
@@ -60,7 +60,7 @@ def place(block: int) -> Place:
 def store(parts: Iterable[Part]) -> Stored:
     """Write the map of a disk that consists of these parts."""
     parts = list(parts)
-    blocks = sum(part.count for part in parts)
+    blocks = sum(part.blocks for part in parts)
     pages = Pages()
     writer = BlockMapWriter(blocks, pages.store)
     at = 0
@@ -82,7 +82,7 @@ def expected_runs(parts: Iterable[Part], first: int, end: int) -> list[Run]:
     runs: list[Run] = []
     at = 0
     for state, group in groupby(parts, lambda part: part.state):
-        count = sum(part.count for part in group)
+        count = sum(part.blocks for part in group)
         start, stop = max(at, first), min(at + count, end)
         if start < stop and state in (State.ZERO, State.UNUSED):
             runs.append(Run(start, stop - start, state, NO_DIGEST, None))

@@ -148,8 +148,8 @@ SILLY = {
     "no target": (2, "restore web1@latest --yes --repo {repo}"),
     "two targets for one disk": (2, "restore web1@latest {none} {none}2 --yes --repo {repo}"),
     "a target in no folder": (1, "restore web1@latest {none}/x --yes --repo {repo}"),
-    "a folder as a target": (1, "restore web1@latest {folder} --yes --repo {repo}"),
-    "a character device as a target": (1, "restore web1@latest /dev/null --yes --repo {repo}"),
+    "a folder as a target": (4, "restore web1@latest {folder} --yes --repo {repo}"),
+    "a character device as a target": (4, "restore web1@latest /dev/null --yes --repo {repo}"),
     "a partition that is not there": (2, "restore web1@latest {none} --partition 7 --repo {repo}"),
     "a partition of no number": (2, "restore web1@latest {none} --partition x --repo {repo}"),
     "a small target": (4, "restore web1@latest {file} --yes --repo {repo}"),
@@ -176,7 +176,22 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("what", SILLY)
+BUGS = {
+    "an empty image": "BUG repository.find: an empty text is a prefix of every id, so an empty "
+    "variable in a script shows, restores or removes the only image",
+    "a picture in no folder": "BUG cli/images.py: the bare OSError is shown, '[Errno 2] …'",
+}
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param(what, marks=pytest.mark.xfail(strict=True, reason=BUGS[what]))
+        if what in BUGS
+        else what
+        for what in SILLY
+    ],
+)
 def test_silly_input(places: dict[str, str], what: str) -> None:
     code, line = SILLY[what]
     words = [word.format(**places) for word in line.split()]
@@ -206,7 +221,7 @@ def test_help_and_version() -> None:
     ):
         assert "Usage: imager" in imager(*words).out
     codes = re.findall(r"\d+", imager("--help").out)
-    assert set("0 1 2 3 4 5 130".split()) <= set(codes)
+    assert {"0", "1", "2", "3", "4", "5", "130"} <= set(codes)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +248,8 @@ def test_a_damaged_description(repo: Path, content: bytes) -> None:
     path = repo / "repository.json"
     path.chmod(0o600)
     path.write_bytes(content)
-    for words in (["list"], ["verify"], ["capture", path]):
+    source = make_file(path.with_name("source.img"), 1)
+    for words in (["list"], ["verify"], ["capture", source]):
         outcome = imager(*words, "--repo", repo, code=3)
         assert "repository.json" in outcome.err
 

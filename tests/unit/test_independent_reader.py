@@ -188,11 +188,12 @@ def run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def test_command_restores(tmp_path: Path) -> None:
     disk = next(disk for disk in expected_disks() if disk.disk == "sdb")
-    out = tmp_path / "out.img"
-    finished = run_script(disk.folder, disk.image, disk.disk, out)
-    assert finished.returncode == 0, finished.stderr
-    assert sha256_of(out) == disk.described["sha256"]
-    refused = run_script("--no-digests", disk.folder, disk.image, tmp_path / "other.img")
+    for number, options in enumerate([[], ["--no-digests"]]):
+        out = tmp_path / f"{number}.img"
+        finished = run_script(*options, disk.folder, disk.image, disk.disk, out)
+        assert finished.returncode == 0, finished.stderr
+        assert sha256_of(out) == disk.described["sha256"]
+    refused = run_script(disk.folder, disk.image, tmp_path / "other.img")
     assert refused.returncode == 1
     assert "2 disks fit" in refused.stderr
 
