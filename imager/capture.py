@@ -34,7 +34,7 @@ from imager.layout import DiskLayout
 from imager.lineage import Lineage
 from imager.manifest import Manifest, new_document
 from imager.pack import Encoder, Packer, Record
-from imager.pipeline import BufferPool, run_pipeline, worker_count
+from imager.pipeline import BufferPool, run_pipeline, span_size, worker_count
 from imager.progress import Progress
 from imager.reading import EmptyRun, ReadPlan, Span
 from imager.repository import Repository, StoredBlocks, new_image_id, utc_now
@@ -225,7 +225,9 @@ class _DiskWriter:
         self._statistics = statistics
         used = Extents.whole(self._source.size) if job.all_blocks else disk.layout.used()
         self._used_bytes = used.total
-        self._plan = ReadPlan(self._source, used, block_size)
+        self._depth = job.workers + _READ_AHEAD
+        self._span_size = span_size(self._depth, block_size)
+        self._plan = ReadPlan(self._source, used, block_size, span_size=self._span_size)
         self._map = BlockMapWriter(-(-self._source.size // block_size), self._store_page)
         self._page_encoder = Encoder(_PAGE_LEVEL, MAX_PAGE_LENGTH)
         self._encoders = threading.local()
@@ -236,15 +238,14 @@ class _DiskWriter:
         """Read and store every block, and the map."""
         progress.start(f"capturing {self._disk.name}", self._plan.bytes_to_read)
         self._progress = progress
-        depth = self._job.workers + _READ_AHEAD
-        with BufferPool(depth, self._plan.span_size) as pool:
+        with BufferPool(self._depth, self._span_size) as pool:
             self._pool = pool
             run_pipeline(
                 self._plan.jobs(pool),
                 self._examine,
                 self._store,
                 workers=self._job.workers,
-                depth=depth,
+                depth=self._depth,
             )
         self._top, self._top_digest = self._map.finish()
         self._statistics.disk_bytes += self._source.size

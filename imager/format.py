@@ -27,9 +27,9 @@ from imager.errors import FormatError, UnsupportedError
 VERSION = 1
 FANOUT = 1024  # references in a page: 40 KiB a page, two levels reach 2^20 blocks
 MIN_BLOCK_SIZE = 64 << 10  # below, a dictionary would be needed to compress well
-MAX_BLOCK_SIZE = 16 << 20  # bounds the memory of a reader
+MAX_BLOCK_SIZE = 4 << 20  # bounds the memory of a reader
 MAX_PAGE_LENGTH = 64 << 10  # a page of 1024 entries from 1024 packs has 56 KiB
-MAX_RECORDS = 1 << 22  # of a pack; bounds the memory for a table
+MAX_RECORDS = 1 << 16  # of a pack; its table has 3 MiB then
 DIGEST_SIZE = 32
 PACK_ID_SIZE = 16
 

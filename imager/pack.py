@@ -37,6 +37,9 @@ from imager.store import ReadStore, WriteStore
 # Large enough for a disk or an object store to stream, small enough to send again.
 PACK_TARGET_SIZE = 64 << 20
 
+# Blocks that compress to nearly nothing would make packs with huge tables.
+_PACK_MAX_RECORDS = 1 << 13
+
 
 def pack_name(pack_id: bytes) -> str:
     text = pack_id.hex()
@@ -234,7 +237,7 @@ class Packer:
             self._number += 1
             self.pack_ids.add(self._current.id)
         place = self._current.append(record)
-        if self._current.length >= self._target_size:
+        if self._current.length >= self._target_size or place.ordinal + 1 >= _PACK_MAX_RECORDS:
             self._finish_current()
         return place
 

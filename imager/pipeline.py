@@ -23,6 +23,10 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
+# Buffers of one pipeline; as much again may be in compressed results.
+_BUFFER_BUDGET = 16 << 20
+_LARGEST_SPAN = 4 << 20
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -30,6 +34,13 @@ Result = TypeVar("Result")
 def worker_count() -> int:
     """One worker a core that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def span_size(depth: int, block_size: int) -> int:
+    """Bytes of work that a job should have, in whole blocks: large enough to stream, and with
+    ``depth`` of them under way within the memory budget, however many cores there are."""
+    fitting = _BUFFER_BUDGET // depth // block_size * block_size
+    return max(min(fitting, _LARGEST_SPAN // block_size * block_size), block_size)
 
 
 def run_pipeline(

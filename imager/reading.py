@@ -12,9 +12,6 @@ from imager.extents import Extent, Extents
 from imager.format import State
 from imager.pipeline import Buffer, BufferPool
 
-# Large enough that a disk streams and a system call costs nothing; buffers are a multiple of it.
-SPAN_SIZE = 4 << 20
-
 # Reading over a short gap is cheaper than another read.
 _BRIDGED_GAP = 64 << 10
 
@@ -39,14 +36,17 @@ class Span(NamedTuple):
 class ReadPlan:
     """Which blocks of a source are read, and which are known to be zero or unused."""
 
-    def __init__(self, source: BlockSource, used: Extents, block_size: int) -> None:
-        """``used``: what must be captured, in bytes, in multiples of sectors."""
+    def __init__(
+        self, source: BlockSource, used: Extents, block_size: int, *, span_size: int
+    ) -> None:
+        """``used``: what must be captured, in bytes, in multiples of sectors; ``span_size``: what
+        is read into one buffer, a multiple of the block size."""
         self._source = source
         self._block_size = block_size
         self._used_blocks = used.align_outward(block_size, source.size)
         self._data = used.intersect(source.data_extents().align_outward(4096, source.size))
         self._data_blocks = self._data.align_outward(block_size, source.size)
-        self.span_size = max(SPAN_SIZE, block_size)
+        self._span_size = span_size
 
     @property
     def bytes_to_read(self) -> int:
@@ -57,8 +57,8 @@ class ReadPlan:
         at = 0
         for extent in self._data_blocks:
             yield from self._empty_runs(at, extent.offset)
-            for offset in range(extent.offset, extent.end, self.span_size):
-                length = min(self.span_size, extent.end - offset)
+            for offset in range(extent.offset, extent.end, self._span_size):
+                length = min(self._span_size, extent.end - offset)
                 yield self._read_span(offset, length, pool.take())
             at = extent.end
         yield from self._empty_runs(at, self._source.size)

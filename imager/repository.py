@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -39,8 +39,9 @@ from imager.store import WriteStore, open_store
 # Chosen by measurement, see docs/performance.md.
 DEFAULT_BLOCK_SIZE = 256 << 10
 
-# A table of 64 MiB of blocks is some 30 KiB here; this many keep a fragmented image in memory.
-_OPEN_PACKS = 128
+# Open packs are kept as long as their tables have no more entries in all, of some 250 bytes each:
+# 1000 packs of ordinary blocks.
+_OPEN_ENTRIES = 1 << 17
 _KEPT_PAGES = 16  # pages of about 100 KiB as objects: a path through the tree and a few more
 
 
@@ -70,6 +71,7 @@ class Repository:
         self.id = str(document.get("id"))
         self.block_size: int = document["block_size"]
         self._packs: OrderedDict[bytes, Pack] = OrderedDict()
+        self._open_entries = 0
         self._pages: OrderedDict[Place, Page] = OrderedDict()
         self._decoder = Decoder()
 
@@ -78,7 +80,7 @@ class Repository:
         """Raises ObjectExists where there is one already."""
         if not is_block_size(block_size):
             raise UsageError(
-                f"block size {block_size}: it must be a power of two from 64 KiB to 16 MiB"
+                f"block size {block_size}: it must be a power of two from 64 KiB to 4 MiB"
             )
         document = new_document(
             "repository",
@@ -137,13 +139,20 @@ class Repository:
             raise FormatError(f"{where} holds the manifest of another image, {manifest.id}")
         return manifest
 
-    def manifests(self) -> Iterator[Manifest]:
-        """All images, oldest first; raises at the first damaged one."""
+    def manifests(
+        self, on_damage: Callable[[IntegrityError], object] | None = None
+    ) -> Iterator[Manifest]:
+        """All images, oldest first. Damaged manifests are raised, or given to ``on_damage``."""
         for image_id in self.image_ids():
             try:
                 manifest = self.manifest(image_id)
             except ObjectMissing:
                 continue  # removed meanwhile, or a capture that a gc expired
+            except IntegrityError as error:
+                if on_damage is None:
+                    raise
+                on_damage(error)
+                continue
             yield manifest
 
     def find(self, text: str) -> Manifest:
@@ -222,8 +231,10 @@ class Repository:
         pack = self._packs.get(pack_id)
         if pack is None:
             pack = self._packs[pack_id] = Pack(self.store, pack_id)
-            if len(self._packs) > _OPEN_PACKS:
-                self._packs.popitem(last=False)
+            self._open_entries += len(pack.entries)
+            while self._open_entries > _OPEN_ENTRIES and len(self._packs) > 1:
+                _, oldest = self._packs.popitem(last=False)
+                self._open_entries -= len(oldest.entries)
         else:
             self._packs.move_to_end(pack_id)
         return pack

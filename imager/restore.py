@@ -22,15 +22,12 @@ from imager.manifest import Disk, Manifest
 from imager.marker import MARKER_SIZE, Marker
 from imager.pack import Decoder, Pack
 from imager.partitions import PartitionTable
-from imager.pipeline import Buffer, BufferPool, run_pipeline, worker_count
+from imager.pipeline import Buffer, BufferPool, run_pipeline, span_size, worker_count
 from imager.plan import RestorePlan, block_runs
 from imager.progress import Progress
 from imager.repository import Repository
 from imager.tableedit import grow_last_partition, move_backup_gpt, renew_ids, tell_kernel
 from imager.target import Target
-
-# Neighbouring records are read, decoded and written in pieces of about this size.
-SPAN_SIZE = 4 << 20
 
 _READ_AHEAD = 2
 
@@ -163,6 +160,9 @@ class _Restorer:
         self._result = result
         self._progress = progress
         self._map: BlockMap = repository.block_map(disk)
+        self._workers = worker_count()
+        self._depth = self._workers + _READ_AHEAD
+        self._span_size = span_size(self._depth, disk.block_size)
         self._compares = plan.options.delta or plan.resumes
         self._decoders = threading.local()
         self._marker_lock = threading.Lock()
@@ -199,11 +199,11 @@ class _Restorer:
             )
 
     def _run(self, source: Extent, work: Any) -> None:
-        workers = worker_count()
-        depth = workers + _READ_AHEAD
-        with BufferPool(depth, max(SPAN_SIZE, self._disk.block_size)) as pool:
+        with BufferPool(self._depth, self._span_size) as pool:
             self._pool = pool
-            run_pipeline(self._jobs(source), work, self._account, workers=workers, depth=depth)
+            run_pipeline(
+                self._jobs(source), work, self._account, workers=self._workers, depth=self._depth
+            )
 
     def _account(self, outcome: _Outcome) -> None:
         self._result.written_bytes += outcome.written
@@ -246,7 +246,7 @@ class _Restorer:
             pack == run.place.pack
             and last.ordinal + 1 == run.place.ordinal
             and last.block + 1 == run.first
-            and (len(pieces) + 1) * self._disk.block_size <= SPAN_SIZE
+            and (len(pieces) + 1) * self._disk.block_size <= self._span_size
         )
 
     def _span(self, pack: bytes | None, pieces: list[_Piece], shift: int) -> Iterator[_Span]:
@@ -295,9 +295,9 @@ class _Restorer:
         return _Outcome(zeroed=job.length)
 
     def _reads_as_zero(self, offset: int, length: int) -> bool:
-        buffer = Buffer(min(length, SPAN_SIZE))
-        for start in range(offset, offset + length, SPAN_SIZE):
-            step = min(SPAN_SIZE, offset + length - start)
+        buffer = Buffer(min(length, self._span_size))
+        for start in range(offset, offset + length, self._span_size):
+            step = min(self._span_size, offset + length - start)
             self._target.read_into(start, buffer.view[:step])
             if not buffer.is_zero(0, step):
                 return False

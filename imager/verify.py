@@ -16,12 +16,10 @@ from imager.extents import Extent
 from imager.format import Place, RecordKind, unseal
 from imager.manifest import Disk, Manifest
 from imager.pack import Decoder, Pack, pack_name
-from imager.pipeline import Buffer, BufferPool, run_pipeline, worker_count
+from imager.pipeline import Buffer, BufferPool, run_pipeline, span_size, worker_count
 from imager.progress import Progress
 from imager.repository import Repository
 
-# Records are read and decoded in groups of about this many stored bytes.
-_GROUP_SIZE = 4 << 20
 _READ_AHEAD = 2
 
 
@@ -97,6 +95,9 @@ class _Verifier:
         self._broken: dict[Place, str] = {}
         self._broken_packs: dict[bytes, str] = {}
         self._decoders = threading.local()
+        self._workers = worker_count()
+        self._depth = self._workers + _READ_AHEAD
+        self._group_size = span_size(self._depth, repository.block_size)
 
     def run_all(self) -> VerifyResult:
         """All images, all packs, and the other sealed documents."""
@@ -176,12 +177,14 @@ class _Verifier:
 
     def _check_records(self, packs: list[Pack]) -> None:
         self._progress.start("verifying packs", sum(pack.length for pack in packs))
-        workers = worker_count()
-        depth = workers + _READ_AHEAD
-        with BufferPool(depth, self._repository.block_size) as pool:
+        with BufferPool(self._depth, self._repository.block_size) as pool:
             self._pool = pool
             run_pipeline(
-                self._groups(packs), self._check_group, self._account, workers=workers, depth=depth
+                self._groups(packs),
+                self._check_group,
+                self._account,
+                workers=self._workers,
+                depth=self._depth,
             )
 
     def _groups(self, packs: list[Pack]) -> Iterator[_Group]:
@@ -191,7 +194,7 @@ class _Verifier:
                 end = first + 1
                 while (
                     end < len(pack.entries)
-                    and pack.offsets[end + 1] - pack.offsets[first] <= _GROUP_SIZE
+                    and pack.offsets[end + 1] - pack.offsets[first] <= self._group_size
                 ):
                     end += 1
                 yield _Group(pack, first, end - first, self._pool.take())

@@ -27,15 +27,20 @@ def list_images(
     name: Annotated[str | None, typer.Option(help="Only images of this name.")] = None,
     repo: RepoOption = None,
     json: JsonOption = False,
-) -> None:
-    """List the images, oldest first."""
+) -> int:
+    """List the images, oldest first. Exit code 3 when a manifest is damaged."""
+    from imager.errors import IntegrityError
     from imager.units import show_bytes
 
     repository = open_repository(repo)
-    manifests = [m for m in repository.manifests() if name is None or m.name == name]
+    damaged: list[IntegrityError] = []
+    manifests = [m for m in repository.manifests(damaged.append) if name is None or m.name == name]
+    for error in damaged:
+        print(f"imager: {error.message}", file=sys.stderr)
+    code = IntegrityError.exit_code if damaged else 0
     if json:
         print_json([_summary(manifest) for manifest in manifests])
-        return
+        return code
     rows = [
         (
             m.id,
@@ -51,6 +56,7 @@ def list_images(
     print_table(
         ["IMAGE", "NAME", "CREATED", "SIZE", "USED", "ADDED", "NOTE"], rows, right="SIZE USED ADDED"
     )
+    return code
 
 
 def show(image: ImageArgument, repo: RepoOption = None, json: JsonOption = False) -> None:

@@ -19,7 +19,7 @@ def init(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Unit of sharing, 64K to 16M: smaller shares more, larger packs tighter.",
+            help="Unit of sharing, 64K to 4M: smaller shares more, larger packs tighter.",
         ),
     ] = None,
     json: JsonOption = False,
