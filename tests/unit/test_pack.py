@@ -17,7 +17,13 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imager.errors import FormatError, ImagerError, IntegrityError, ObjectMissing
+from imager.errors import (
+    FormatError,
+    ImagerError,
+    IntegrityError,
+    ObjectMissing,
+    UnsupportedError,
+)
 from imager.format import (
     NO_DIGEST,
     PackKind,
@@ -204,6 +210,20 @@ def test_every_truncation_of_a_pack_is_found(one_pack: Path, store: LocalStore) 
     one_pack.write_bytes(content + b"\0")
     with pytest.raises(FormatError, match=one_pack.name):
         Pack(store, bytes.fromhex(one_pack.stem))
+
+
+def test_every_flipped_bit_outside_of_the_records_is_found_on_opening(
+    one_pack: Path, store: LocalStore
+) -> None:
+    pack_id, content = bytes.fromhex(one_pack.stem), one_pack.read_bytes()
+    table_offset = Pack(store, pack_id).offsets[-1]
+    for at in [*range(48), *range(table_offset, len(content))]:
+        for bit in range(8):
+            changed = bytearray(content)
+            changed[at] ^= 1 << bit
+            one_pack.write_bytes(changed)
+            with pytest.raises((FormatError, UnsupportedError)):
+                Pack(store, pack_id)
 
 
 def test_a_pack_that_shrinks_while_it_is_open_is_found(one_pack: Path, store: LocalStore) -> None:
@@ -503,7 +523,42 @@ def write_pack(folder: Path, pack_id: bytes, records: list[tuple[RecordKind, byt
         writer.finish()
 
 
-@settings(max_examples=150, deadline=None)
+def commit_disk(folder: Path, blocks: int, top: int, digest: bytes) -> str:
+    """An image of one disk, with record ``top`` of the pack "AA…" as its map's top."""
+    size, height = blocks * BLOCK, map_height(blocks)
+    disk = {
+        "name": "sda",
+        "size": size,
+        "height": height,
+        "top": {"pack": (b"A" * 16).hex(), "ordinal": top},
+        "root": root_digest(size, BLOCK, height, digest).hex(),
+        "table": {"scheme": "none", "sector_size": 512},
+    }
+    (folder / "manifests").mkdir()
+    return commit(folder, new_document("image", block_size=BLOCK, disks=[disk]))
+
+
+def test_places_that_lead_to_another_block_of_the_same_length(tmp_path: Path) -> None:
+    """The map names two blocks rightly and finds each where the other one is."""
+    folder = tmp_path / "repository"
+    repository = Repository.create(str(folder), block_size=BLOCK)
+    blocks = [PlannedDisk("", sign).expected() for sign in "AB"]
+    page = Page(
+        0,
+        bytes([State.DATA] * 2),
+        tuple(digest_of(block) for block in blocks),
+        (Place(b"B" * 16, 1), Place(b"B" * 16, 0)),
+    )
+    write_pack(folder, b"A" * 16, [(RecordKind.PAGE, page.encode())])
+    write_pack(folder, b"B" * 16, [(RecordKind.BLOCK, block) for block in blocks])
+    image = commit_disk(folder, 2, 0, page.content_digest())
+    result = verify(repository, [], NullProgress())
+    assert [fault.offset for fault in result.faults] == [0, BLOCK]
+    assert all("another block" in fault.reason for fault in result.faults)
+    assert restored(folder, image, tmp_path / "disk.img") is None
+
+
+@settings(max_examples=60, deadline=None)
 @given(hostile_records, hostile_records, st.sampled_from([1, 3, 5, 1024, 1025, 3 * 1024, 1 << 21]))
 def test_a_hostile_repository_is_an_error_at_most(
     first: list[tuple[RecordKind, bytes]], second: list[tuple[RecordKind, bytes]], blocks: int
@@ -519,17 +574,7 @@ def test_a_hostile_repository_is_an_error_at_most(
             digest = repository.page(Place(b"A" * 16, top)).content_digest()
         except ImagerError:
             digest = NO_DIGEST
-        size, height = blocks * BLOCK, map_height(blocks)
-        disk = {
-            "name": "sda",
-            "size": size,
-            "height": height,
-            "top": {"pack": (b"A" * 16).hex(), "ordinal": top},
-            "root": root_digest(size, BLOCK, height, digest).hex(),
-            "table": {"scheme": "none", "sector_size": 512},
-        }
-        (folder / "manifests").mkdir()
-        image = commit(folder, new_document("image", block_size=BLOCK, disks=[disk]))
+        image = commit_disk(folder, blocks, top, digest)
         damaged = is_found(folder)
         content = restored(folder, image, Path(name, "disk.img"))
         if content is not None:
