@@ -55,6 +55,8 @@ class BlockMapWriter:
     def add_run(self, state: State, count: int) -> None:
         """The next ``count`` blocks, all zero or all unused."""
         self._added += count
+        if self._added > self._blocks:
+            raise ValueError(f"{self._added} blocks were added, of {self._blocks}")
         self._append_run(0, state, count)
 
     def finish(self) -> tuple[Place, bytes]:

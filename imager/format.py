@@ -125,7 +125,7 @@ def unseal(content: bytes, name: str) -> dict[str, Any]:
 def check_supported(document: dict[str, Any], name: str) -> None:
     """Raise UnsupportedError for a newer format or unknown features, FormatError for neither."""
     version, features = document.get("format"), document.get("features")
-    if not isinstance(version, int) or not isinstance(features, list):
+    if type(version) is not int or version < 1 or not isinstance(features, list):
         raise FormatError(f"{name} has no format version")
     hint = "use a newer version of imager"
     if version > VERSION:

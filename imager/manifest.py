@@ -18,6 +18,7 @@ from imager.format import (
     map_height,
     pack_id_bytes,
 )
+from imager.partitions import PartitionTable
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,18 @@ class Disk:
         return Extents(_pairs(self.document.get("unreadable", []), self.size))
 
     @property
-    def table(self) -> dict[str, Any]:
-        return _object(self.document, "table")
+    def table(self) -> PartitionTable:
+        """The partition table at the time of the capture. Raises FormatError."""
+        document = _object(self.document, "table")
+        if not document:
+            return PartitionTable("none", self.logical_sector)
+        return PartitionTable.from_json(document)
 
     @property
     def partitions(self) -> list[dict[str, Any]]:
         """What was captured of each partition; one without a number for a disk without table."""
-        return [item for item in self.document.get("partitions", []) if isinstance(item, dict)]
+        items = self.document.get("partitions")
+        return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
 
     def partition(self, number: int) -> dict[str, Any] | None:
         """What was captured of one partition."""

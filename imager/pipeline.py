@@ -83,15 +83,17 @@ class _Pipeline(Generic[Job, Result]):
         threads += [
             threading.Thread(target=self._labour, name=f"worker-{n}") for n in range(self._workers)
         ]
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                thread.start()
             with _interrupts_as(self._interrupt):
                 self._collect(deliver)
+            self._raise_late_interrupt()
         finally:
             self._stop()
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:  # it was started
+                    thread.join()
 
     def _interrupt(self) -> None:
         # SimpleQueue.put is reentrant: made to be called in a signal handler
@@ -112,6 +114,13 @@ class _Pipeline(Generic[Job, Result]):
                 deliver(waiting.pop(next_number))
                 next_number += 1
                 self._tokens.release()
+
+    def _raise_late_interrupt(self) -> None:
+        """One that came during the last ``deliver``."""
+        while not self._done.empty():
+            outcome = self._done.get()
+            if outcome.error is not None:
+                raise outcome.error
 
     def _feed(self) -> None:
         try:
@@ -146,6 +155,8 @@ class _Pipeline(Generic[Job, Result]):
     def _stop(self) -> None:
         self._stopped = True
         self._tokens.release()
+        for _ in range(self._workers):  # in case that the feeder never started
+            self._todo.put(None)
 
 
 @contextmanager

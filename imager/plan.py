@@ -17,7 +17,7 @@ from imager.extents import Extent
 from imager.growfs import can_grow
 from imager.manifest import Disk, Manifest
 from imager.marker import MARKER_SIZE, Marker
-from imager.partitions import PartitionTable, read_partition_table, smallest_disk
+from imager.partitions import read_partition_table, smallest_disk
 from imager.process import find_tool
 from imager.repository import Repository
 
@@ -98,7 +98,7 @@ class _Planner:
         self._repository = repository
         self._manifest = manifest
         self._disk = disk
-        self._table = PartitionTable.from_json(disk.table)
+        self._table = disk.table
         self._path = target
         self._options = options
         self._steps: list[str] = []

@@ -18,6 +18,7 @@ from imager.errors import (
     IntegrityError,
     ObjectExists,
     ObjectMissing,
+    UnsupportedError,
     UsageError,
 )
 from imager.format import (
@@ -109,6 +110,8 @@ class Repository:
         document = unseal(content, f"{url}/repository.json")
         if document.get("kind") != "repository" or not is_block_size(document.get("block_size")):
             raise FormatError(f"{url}/repository.json does not describe a repository")
+        if document.get("digest") != "blake3-256":
+            raise UnsupportedError(f"{url}: digests of kind {document.get('digest')} are unknown")
         return cls(store, document)
 
     # --- images ---
@@ -137,6 +140,8 @@ class Repository:
         manifest = Manifest.from_document(document, where)
         if manifest.id != image_id:
             raise FormatError(f"{where} holds the manifest of another image, {manifest.id}")
+        if manifest.block_size != self.block_size:
+            raise FormatError(f"{where} has other blocks than the repository")
         return manifest
 
     def manifests(

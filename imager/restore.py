@@ -21,7 +21,6 @@ from imager.growfs import grow_filesystem
 from imager.manifest import Disk, Manifest
 from imager.marker import MARKER_SIZE, Marker
 from imager.pack import Decoder, Pack
-from imager.partitions import PartitionTable
 from imager.pipeline import Buffer, BufferPool, run_pipeline, span_size, worker_count
 from imager.plan import RestorePlan, block_runs
 from imager.progress import Progress
@@ -70,7 +69,7 @@ def _finish_table(disk: Disk, plan: RestorePlan, result: RestoreResult) -> None:
     """What differs from the image on purpose: the table's end, growth, new ids."""
     sector = disk.logical_sector
     if plan.whole_disk:
-        table = PartitionTable.from_json(disk.table)
+        table = disk.table
         if table.backup_size and plan.target_size != disk.size:
             move_backup_gpt(plan.target, sector_size=sector)
         if plan.options.new_ids:

@@ -45,6 +45,7 @@ class Fault:
 @dataclass
 class VerifyResult:
     images: int = 0
+    """Those with a sound manifest."""
     packs: int = 0
     blocks: int = 0
     content_bytes: int = 0
@@ -109,18 +110,23 @@ class _Verifier:
     def run(self, image_ids: list[str], pack_ids: Iterable[bytes] = ()) -> VerifyResult:
         """The images and the packs that they need, and ``pack_ids`` besides."""
         manifests = [manifest for image in image_ids if (manifest := self._manifest(image))]
-        packs = self._open_packs({*self._needed_packs(manifests), *pack_ids})
-        if not self._quick:
-            self._check_records(packs)
+        self._result.images = len(manifests)
+        needed = sorted({*self._needed_packs(manifests), *pack_ids})
+        if self._quick:
+            for pack_id in needed:
+                self._open_pack(pack_id)
+        else:
+            self._check_packs(needed)
         for manifest in manifests:
             for disk in manifest.disks:
                 self._check_disk(manifest, disk)
-        self._result.images = len(image_ids)
         return self._result
 
     def _manifest(self, image_id: str) -> Manifest | None:
         try:
             return self._repository.manifest(image_id)
+        except ObjectMissing:
+            return None  # removed meanwhile, or a capture that a gc expired
         except ImagerError as error:
             self._result.faults.append(Fault(image_id, error.message))
             return None
@@ -164,31 +170,37 @@ class _Verifier:
                     if level and page.level == level:
                         todo.append((below, level - 1))
 
-    def _open_packs(self, ids: set[bytes]) -> list[Pack]:
-        packs = []
-        for pack_id in sorted(ids):
-            try:
-                packs.append(Pack(self._repository.store, pack_id))
-            except ImagerError as error:
-                self._broken_packs[pack_id] = error.message
-                self._result.pack_faults.append(error.message)
-        self._result.packs = len(packs)
-        return packs
+    def _open_pack(self, pack_id: bytes) -> Pack | None:
+        try:
+            pack = Pack(self._repository.store, pack_id)
+        except ImagerError as error:
+            self._broken_packs[pack_id] = error.message
+            self._result.pack_faults.append(error.message)
+            return None
+        self._result.packs += 1
+        return pack
 
-    def _check_records(self, packs: list[Pack]) -> None:
-        self._progress.start("verifying packs", sum(pack.length for pack in packs))
+    def _check_packs(self, pack_ids: list[bytes]) -> None:
+        self._progress.start("verifying packs", sum(map(self._length, pack_ids)))
         with BufferPool(self._depth, self._repository.block_size) as pool:
             self._pool = pool
             run_pipeline(
-                self._groups(packs),
+                self._groups(pack_ids),
                 self._check_group,
                 self._account,
                 workers=self._workers,
                 depth=self._depth,
             )
 
-    def _groups(self, packs: list[Pack]) -> Iterator[_Group]:
-        for pack in packs:
+    def _length(self, pack_id: bytes) -> int:
+        try:
+            return self._repository.store.size(pack_name(pack_id))
+        except ObjectMissing:
+            return 0
+
+    def _groups(self, pack_ids: list[bytes]) -> Iterator[_Group]:
+        """In the feeder: each pack is opened only when its turn comes."""
+        for pack in filter(None, map(self._open_pack, pack_ids)):
             first = 0
             while first < len(pack.entries):
                 end = first + 1

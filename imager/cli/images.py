@@ -188,7 +188,7 @@ def _show_disk(disk: Disk) -> None:
     print(f"\ndisk {disk.name}: {show_bytes(disk.size)} {' '.join(words)}".rstrip())
     print(f"  root digest {disk.root}")
     table = disk.table
-    print(f"  partition table {table.get('scheme', 'none')} {table.get('disk_id') or ''}".rstrip())
+    print(f"  partition table {table.scheme} {table.disk_id or ''}".rstrip())
     rows = []
     for item in disk.partitions:
         filesystem = item.get("filesystem") or {}

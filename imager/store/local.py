@@ -12,6 +12,7 @@ import mmap
 import os
 import secrets
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
@@ -55,7 +56,7 @@ class LocalStore:
     def names(self, folder: str) -> Iterator[str]:
         check_name(folder)
         try:
-            entries = sorted(os.scandir(self.folder / folder), key=lambda entry: entry.name)
+            entries = sorted(os.scandir(self.folder / folder), key=_sort_key)
         except FileNotFoundError:
             return
         except OSError as error:
@@ -160,17 +161,19 @@ class LocalWriter:
             self._store._fail(self._name, error)
 
     def discard(self) -> None:
+        with suppress(OSError):  # an earlier error matters more; gc removes what stays in tmp/
+            self._temporary.unlink(missing_ok=True)
         self._close()
-        self._temporary.unlink(missing_ok=True)
 
     def _flush(self, length: int) -> None:
         """Write the chunk, ``length`` of it, which O_DIRECT wants to be in whole sectors."""
-        view = self._chunk[:length]
-        try:
-            while view:
-                view = view[os.write(self._fd, view) :]
-        except OSError as error:
-            self._store._fail(self._name, error)
+        done = 0
+        with self._chunk[:length] as view:  # released, or the map could not be closed after errors
+            while done < length:
+                try:
+                    done += os.write(self._fd, view[done:])
+                except OSError as error:
+                    self._store._fail(self._name, error)
         self._filled = 0
 
     def _flush_tail(self) -> None:
@@ -185,6 +188,11 @@ class LocalWriter:
             os.close(fd)
             self._chunk.release()
             self._map.close()
+
+
+def _sort_key(entry: os.DirEntry[str]) -> str:
+    """Sorts by the whole names below, not by folder."""
+    return f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
 
 
 def _create(path: Path) -> int:

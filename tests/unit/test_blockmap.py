@@ -164,8 +164,8 @@ def test_only_the_pages_on_the_way_are_read() -> None:
 @pytest.mark.parametrize("count", [9, 11])
 def test_a_wrong_number_of_blocks_is_refused(count: int) -> None:
     writer = BlockMapWriter(10, Pages().store)
-    writer.add_run(State.ZERO, count)
     with pytest.raises(ValueError, match=f"{count} blocks"):
+        writer.add_run(State.ZERO, count)
         writer.finish()
 
 
