@@ -113,8 +113,9 @@ class Bench:
                         out.write(content)
         part.rename(self.source)
 
-    def warm(self) -> None:
-        timed(f"cat {self.source} > /dev/null")
+    def warm(self, *paths: Path) -> None:
+        """Have files in the page cache."""
+        timed(f"cat {' '.join(map(str, paths))} > /dev/null")
 
     # --- phases ---
 
@@ -163,7 +164,6 @@ class Bench:
             "verify",
             {
                 "partclone.chkimg": lambda: timed(f"partclone.chkimg -s {plain} -L {work}/log"),
-                "qemu-img check": lambda: timed(f"qemu-img check {work}/qemu.qcow2"),
                 "imager": lambda: timed(f"{self.imager} verify --repo {work}/default"),
             },
         )
@@ -217,6 +217,7 @@ class Bench:
                 shutil.rmtree(path, ignore_errors=True)
             timed(f"borg init -e none && borg create {options} ::a {before}")
             size = _folder_size(work / "borg")
+            self.warm(changed)
             run = timed(f"borg create {options} ::b {changed}")
             growth["borg"].append(_folder_size(work / "borg") - size)
             return run
@@ -225,6 +226,7 @@ class Bench:
             shutil.rmtree(work / "second", ignore_errors=True)
             timed(f"{self.imager} capture {before} --repo {work}/second --init --name x")
             size = _folder_size(work / "second")
+            self.warm(changed)
             run = timed(f"{self.imager} capture {changed} --repo {work}/second --name x")
             growth["imager"].append(_folder_size(work / "second") - size)
             return run
@@ -339,7 +341,7 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(arguments.work, arguments.rounds)
     bench.make_source()
-    bench.warm()
+    bench.warm(bench.source)
     with Path("/proc/cpuinfo").open() as info:
         model = next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
     print(f"{model}, {os.cpu_count()} cores; {resource.getpagesize()} byte pages")

@@ -17,6 +17,7 @@ from tests.support.disks import (
     MKFS,
     check_filesystem,
     digest,
+    loop_disk,
     make_file,
     make_filesystem,
     make_gpt,
@@ -112,7 +113,7 @@ def test_a_partitioned_disk_by_block_devices(repo: Path, tmp_path: Path, sector:
         f"start={60 * unit}, size={16 * unit}, type=S\n"
         f"start={80 * unit}, size={8 * unit}, type=L\n"
     )
-    with loop_device(str(source), sector_size=sector) as device:
+    with loop_disk(source, sector_size=sector) as device:
         run(["sfdisk", "--quiet", "--wipe=never", device], input_bytes=script.encode())
     with loop_device(str(source), MIB, 50 * MIB, sector_size=sector) as part:
         make_filesystem(part, "ext4")
@@ -129,7 +130,7 @@ def test_a_partitioned_disk_by_block_devices(repo: Path, tmp_path: Path, sector:
         assert kinds == ["ext4", "swap", "unknown"]
         with FileSource(device) as opened:
             used = read_layout(opened).used()
-    with loop_device(str(target), sector_size=sector) as device:
+    with loop_disk(target, sector_size=sector) as device:
         imager("restore", taken["id"], device, "--yes", "--read-back", "--repo", repo)
         assert b"label: gpt" in run(["sfdisk", "--dump", device]).stdout
     with source.open("rb") as one, target.open("rb") as other:

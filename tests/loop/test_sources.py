@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from tests.support.disks import (
     MIB,
     TIB,
     digest,
+    loop_disk,
     make_file,
     make_filesystem,
     make_gpt,
@@ -24,23 +24,13 @@ from tests.support.disks import (
     make_sparse,
     mounted,
     needs_loop,
+    partitions_of,
     read_at,
     write_at,
 )
 from tests.support.fusefile import faulty_file
 
 pytestmark = needs_loop
-
-
-@contextmanager
-def partitions_of(device: str) -> Iterator[list[str]]:
-    """The partition devices of a loop device; this kernel doesn't look for them by itself."""
-    run(["partx", "--add", device])
-    try:
-        name = Path(device).name
-        yield sorted(f"/dev/{path.name}" for path in Path("/sys/block", name).glob(f"{name}p*"))
-    finally:
-        run(["partx", "--delete", device])
 
 
 def round_trip(source: str | Path, repo: Path, target: Path) -> dict[str, object]:
@@ -79,7 +69,7 @@ def test_a_file_of_odd_size_to_a_block_device(
         write_at(source, 2 * MIB - 64 * KIB, bytes(64 * KIB + 100))
     imager("capture", source, "--repo", repo)
     backing = make_file(tmp_path / "b.img", 3 * MIB, 0x5A)
-    with loop_device(str(backing)) as device:
+    with loop_disk(backing) as device:
         imager("restore", "a@latest", device, "--yes", *options, "--repo", repo)
     assert read_at(backing, 0, 2 * MIB + 100) == source.read_bytes()
     assert read_at(backing, 2 * MIB + 100, MIB) == b"\x5a" * (MIB - 100)
@@ -95,7 +85,7 @@ def test_a_device_of_512_byte_sectors_and_odd_size(repo: Path, tmp_path: Path) -
 def test_a_partition_device(repo: Path, tmp_path: Path) -> None:
     source = make_gpt(tmp_path / "a.img")
     write_at(source, 2048 * 512, bytes(range(256)) * 1000)
-    with loop_device(str(source)) as device, partitions_of(device) as parts:
+    with loop_disk(source) as device, partitions_of(device) as parts:
         assert len(parts) == 2
         taken = round_trip(parts[0], repo, tmp_path / "b.img")
     assert taken["disks"][0]["size"] == 32768 * 512  # type: ignore[index]
@@ -157,6 +147,16 @@ def test_several_disks_in_one_image(repo: Path, tmp_path: Path) -> None:
     assert digest(one) == digest(sources[1])
 
 
+def test_two_files_of_one_name(repo: Path, tmp_path: Path) -> None:
+    for n in (1, 2):
+        (tmp_path / f"d{n}").mkdir()
+    sources = [make_random(tmp_path / f"d{n}" / "disk.img", MIB, seed=n) for n in (1, 2)]
+    taken = imager("capture", *sources, "--repo", repo, "--json").json
+    assert [disk["name"] for disk in taken["disks"]] == ["disk", "disk-2"]
+    imager("restore", f"{taken['id']}/disk-2", tmp_path / "b.img", "--yes", "--repo", repo)
+    assert digest(tmp_path / "b.img") == digest(sources[1])
+
+
 @pytest.mark.xfail(
     strict=True,
     reason="BUG cli/restoring.py, _pair: targets are compared as texts, so two disks can be "
@@ -210,7 +210,7 @@ def test_a_source_that_is_written_to_is_refused(repo: Path, tmp_path: Path) -> N
 
 def test_a_mounted_partition_makes_its_disk_used(repo: Path, tmp_path: Path) -> None:
     source = make_gpt(tmp_path / "a.img")
-    with loop_device(str(source)) as device, partitions_of(device) as parts:
+    with loop_disk(source) as device, partitions_of(device) as parts:
         make_filesystem(parts[0], "ext4")
         with mounted(parts[0], tmp_path / "mnt"):
             assert "p1 is mounted" in imager("capture", device, "--repo", repo, code=4).err

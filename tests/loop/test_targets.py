@@ -20,12 +20,14 @@ from tests.support.disks import (
     MIB,
     check_filesystem,
     digest,
+    loop_disk,
     make_file,
     make_filesystem,
     make_gpt,
     make_random,
     mounted,
     needs_loop,
+    partitions_of,
     read_at,
     write_at,
 )
@@ -106,14 +108,15 @@ def test_targets_of_other_sizes(
     source, repo, tree = server
     target = make_file(tmp_path / "b.img", SIZE + more, 0x5A)
     if is_device:
-        with loop_device(str(target)) as device:
+        with loop_disk(target) as device:
             restore(repo, device, "--read-back")
     else:
         restore(repo, target, "--read-back")
     old, new = table_of(source), table_of(target)
     assert (new.disk_id, new.partitions, new.notes) == (old.disk_id, old.partitions, ())
     run(["sfdisk", "--verify", str(target)])
-    assert b"valid" in run(["sgdisk", "-v", str(target)]).stdout if shutil.which("sgdisk") else True
+    if shutil.which("sgdisk"):
+        assert b"No problems found" in run(["sgdisk", "--verify", str(target)]).stdout
     assert_tree(target, tree)
     assert target.stat().st_size == SIZE + more
 
@@ -123,7 +126,7 @@ def test_every_reason_against_a_target_at_once(
 ) -> None:
     _, repo, _ = server
     target = make_file(tmp_path / "b.img", 48 * MIB, 0x5A)
-    with loop_device(str(target), sector_size=4096) as device:
+    with loop_disk(target, sector_size=4096) as device:
         make_filesystem(device, "ext4")
         with mounted(device, tmp_path / "mnt"):
             found = refusals(repo, device)
@@ -145,7 +148,7 @@ def test_data_behind_the_partitions_is_not_cut_off(repo: Path, tmp_path: Path) -
 def test_grow(server: tuple[Path, Path, dict[str, object]], tmp_path: Path) -> None:
     source, repo, tree = server
     target = make_file(tmp_path / "b.img", 2 * SIZE, 0x5A)
-    with loop_device(str(target)) as device:
+    with loop_disk(target) as device:
         result = restore(repo, device, "--grow")
     old, new = table_of(source), table_of(target)
     assert (new.disk_id, new.partitions[0], new.notes) == (old.disk_id, old.partitions[0], ())
@@ -189,7 +192,7 @@ def test_one_partition_into_a_partition(
     with unchanged_outside(target, ROOT_AT, ROOT_SIZE):
         restore(repo, target, "--partition", 2, "--read-back")
     assert_tree(target, tree)
-    with loop_device(str(target)) as device, unchanged_outside(target, 2048 * 512, 32768 * 512):
+    with loop_disk(target) as device, unchanged_outside(target, 2048 * 512, 32768 * 512):
         restore(repo, device, "--partition", 1, "--to-partition", 1)
     assert read_at(target, MIB, 16 * MIB) == read_at(source, MIB, 16 * MIB)
     with unchanged(target):
@@ -224,7 +227,7 @@ def test_one_partition_into_a_file_and_a_device(
     assert target.stat().st_size == ROOT_SIZE
     assert_tree(target, tree, 0, ROOT_SIZE)
     backing = make_file(tmp_path / "c.img", ROOT_SIZE + MIB, 0x5A)
-    with loop_device(str(backing)) as device:
+    with loop_disk(backing) as device:
         restore(repo, device, "--partition", 2, "--read-back")
     assert_tree(backing, tree, 0, ROOT_SIZE)
     assert read_at(backing, ROOT_SIZE, MIB) == b"\x5a" * MIB
@@ -236,17 +239,52 @@ def test_a_partition_beside_a_mounted_one(
     """The other partitions of a disk may be in use, the one that is overwritten may not."""
     _, repo, tree = server
     target = make_gpt(tmp_path / "b.img", SIZE, fill=0x5A)
-    with loop_device(str(target)) as device:
-        run(["partx", "--add", device])
-        try:
-            make_filesystem(f"{device}p1", "ext4")
-            with mounted(f"{device}p1", tmp_path / "mnt1"):
-                restore(repo, device, "--partition", 2)
-                assert any("mounted" in text for text in refusals(repo, device, "--partition", 1))
-                assert any("mounted" in text for text in refusals(repo, device))
-        finally:
-            run(["partx", "--delete", device])
+    with loop_disk(target) as device, partitions_of(device) as parts:
+        make_filesystem(parts[0], "ext4")
+        with mounted(parts[0], tmp_path / "mnt1"):
+            restore(repo, device, "--partition", 2)
+            assert any("mounted" in text for text in refusals(repo, device, "--partition", 1))
+            assert any("mounted" in text for text in refusals(repo, device))
     assert_tree(target, tree)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="BUG plan.py, _partition_node: the kernel's idea of partition N is trusted without a "
+    "look whether start and size are those of the table on the disk",
+)
+def test_a_table_that_the_kernel_has_not_read_yet(
+    server: tuple[Path, Path, dict[str, object]], tmp_path: Path
+) -> None:
+    """Somebody made a new table while a partition was in use: the kernel kept the old one."""
+    _, repo, tree = server
+    target = make_gpt(tmp_path / "b.img", 2 * SIZE, fill=0x5A)
+    start = ROOT_AT + 16 * MIB
+    with loop_disk(target) as device, partitions_of(device):
+        script = (
+            f"label: gpt\nstart=2048, size=2048\nstart={start // 512}, size={ROOT_SIZE // 512}\n"
+        )
+        command = ["sfdisk", "--quiet", "--no-reread", "--no-tell-kernel", "--wipe=never", device]
+        run(command, input_bytes=script.encode())
+        outcome = imager("plan", "sda@latest", device, "--partition", 2, "--repo", repo, code=4)
+        assert "kernel" in outcome.out
+    del tree
+
+
+def test_a_logical_partition(repo: Path, tmp_path: Path) -> None:
+    source = make_file(tmp_path / "sda.img", SIZE)
+    script = (
+        "label: dos\nstart=2048, size=8192, type=83\nstart=16384, size=65536, type=5\n"
+        "start=18432, size=8192, type=83\nstart=30720, size=8192, type=83\n"
+    )
+    run(["sfdisk", "--quiet", "--wipe=never", str(source)], input_bytes=script.encode())
+    write_at(source, 30720 * 512, b"logical" * 1000)
+    imager("capture", source, "--repo", repo)
+    target = tmp_path / "b.img"
+    restore(repo, target, "--partition", 6, "--read-back")
+    assert target.read_bytes() == read_at(source, 30720 * 512, 8192 * 512)
+    words = ["restore", "sda@latest", target, "--partition", 2, "--yes", "--repo", repo]
+    assert "extended" in imager(*words, code=2).err
 
 
 @contextmanager
@@ -269,7 +307,7 @@ def test_zero_blocks_are_zeroed(repo: Path, tmp_path: Path, is_device: bool) -> 
     imager("capture", source, "--repo", repo)
     target = make_file(tmp_path / "b.img", 8 * MIB, 0x5A)
     if is_device:
-        with loop_device(str(target)) as device:
+        with loop_disk(target) as device:
             result = restore(repo, device)
     else:
         result = restore(repo, target)
@@ -285,7 +323,7 @@ def test_delta_writes_what_differs(repo: Path, tmp_path: Path, is_device: bool) 
     shutil.copy(source, target)
     for at in (0, 5 * MIB, 9 * MIB + 17):
         write_at(target, at, b"changed")
-    with loop_device(str(target)) as device:
+    with loop_disk(target) as device:
         where = device if is_device else target
         if not is_device:
             where = tmp_path / "c.img"
@@ -308,6 +346,14 @@ def test_a_stale_gpt_of_a_larger_disk_goes(repo: Path, tmp_path: Path) -> None:
     assert read_at(target, 0, SIZE) == source.read_bytes()
     assert (table_of(target).scheme, table_of(target).disk_id) == ("mbr", "0x12345678")
     assert b"EFI PART" not in read_at(target, 2 * SIZE - MIB, MIB)
+
+
+def test_one_refused_disk_of_several_stops_all(repo: Path, tmp_path: Path) -> None:
+    sources = [make_random(tmp_path / f"sd{n}.img", 2 * MIB, seed=n) for n in (1, 2)]
+    imager("capture", *sources, "--name", "srv", "--repo", repo)
+    good, small = make_file(tmp_path / "good", 2 * MIB), make_file(tmp_path / "small", MIB)
+    with unchanged(good), unchanged(small):
+        imager("restore", "srv@latest", good, small, "--yes", "--repo", repo, code=4)
 
 
 # --- new ids ---
@@ -361,7 +407,7 @@ def test_read_back_finds_a_disk_that_lies(repo: Path, tmp_path: Path) -> None:
 def test_a_mounted_target(server: tuple[Path, Path, dict[str, object]], tmp_path: Path) -> None:
     _, repo, _ = server
     target = make_file(tmp_path / "b.img", SIZE, 0x5A)
-    with loop_device(str(target)) as device:
+    with loop_disk(target) as device:
         make_filesystem(device, "ext4")
         for options in ("rw", "ro"):
             with mounted(device, tmp_path / "mnt", options), unchanged(target):
@@ -373,7 +419,7 @@ def test_a_mounted_target(server: tuple[Path, Path, dict[str, object]], tmp_path
 def test_a_swap_area_in_use(server: tuple[Path, Path, dict[str, object]], tmp_path: Path) -> None:
     _, repo, _ = server
     target = make_file(tmp_path / "b.img", SIZE)
-    with loop_device(str(target)) as device:
+    with loop_disk(target) as device:
         run(["mkswap", "-q", device])
         run(["swapon", device])
         try:
@@ -386,7 +432,7 @@ def test_a_swap_area_in_use(server: tuple[Path, Path, dict[str, object]], tmp_pa
 def test_the_disk_that_holds_the_repository(tmp_path: Path) -> None:
     disk = make_file(tmp_path / "usb.img", SIZE)
     source = make_random(tmp_path / "sda.img", MIB)
-    with loop_device(str(disk)) as device:
+    with loop_disk(disk) as device:
         make_filesystem(device, "ext4")
         with mounted(device, tmp_path / "mnt") as folder:
             repo = folder / "repo"
@@ -416,7 +462,7 @@ def test_the_file_behind_the_repository(tmp_path: Path) -> None:
     """The repository lies on a loop device: its backing file is no target either."""
     disk = make_file(tmp_path / "usb.img", SIZE)
     source = make_random(tmp_path / "sda.img", MIB)
-    with loop_device(str(disk)) as device:
+    with loop_disk(disk) as device:
         make_filesystem(device, "ext4")
         with mounted(device, tmp_path / "mnt") as folder:
             imager("capture", source, "--init", "--repo", folder / "repo")
@@ -436,7 +482,7 @@ def test_nothing_is_written_without_a_yes(
 ) -> None:
     _, repo, _ = server
     target = make_file(tmp_path / "b.img", SIZE, 0x5A)
-    with loop_device(str(target)) as device, unchanged(target):
+    with loop_disk(target) as device, unchanged(target):
         imager("restore", "sda@latest", device, "--repo", repo, code=4)
         imager("plan", "sda@latest", device, "--repo", repo)
     new = tmp_path / "new.img"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from imager.loopdevice import loop_device
 from imager.process import run
 
 # Where many small repositories are made: fsync costs nothing there.
@@ -84,6 +85,32 @@ def make_filesystem(device: str | Path, kind: str) -> None:
 def check_filesystem(device: str | Path, kind: str) -> None:
     """Raises ToolError when the filesystem has a fault."""
     run([*FSCK[kind], str(device)])
+
+
+@contextlib.contextmanager
+def loop_disk(path: Path, *, sector_size: int = 512) -> Iterator[str]:
+    """A loop device over a whole disk, without the partitions that the kernel may know of it.
+
+    They outlive the device otherwise: the next one of that number would have them.
+    """
+    forget = ["partx", "--delete"]
+    with loop_device(str(path), sector_size=sector_size) as device:
+        run([*forget, device], accept=(0, 1))
+        try:
+            yield device
+        finally:
+            run([*forget, device], accept=(0, 1))
+
+
+@contextlib.contextmanager
+def partitions_of(device: str) -> Iterator[list[str]]:
+    """The partition devices of a loop device; this kernel doesn't look for them by itself."""
+    run(["partx", "--add", device])
+    try:
+        name = Path(device).name
+        yield sorted(f"/dev/{path.name}" for path in Path("/sys/block", name).glob(f"{name}p*"))
+    finally:
+        run(["partx", "--delete", device])
 
 
 @contextlib.contextmanager

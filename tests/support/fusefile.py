@@ -59,6 +59,7 @@ def faulty_file(
             server.wait(5)
         server.kill()
         server.communicate()
+        folder.rmdir()
 
 
 def _wait_for(path: Path, server: subprocess.Popen[bytes]) -> None:

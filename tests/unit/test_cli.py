@@ -303,6 +303,21 @@ def test_a_damaged_manifest_hides_no_other_image(repo: Path, images: list[str]) 
     assert images[0] in imager("list", "--repo", repo, code=3).err
 
 
+def test_a_damaged_manifest_is_no_part_of_the_json(repo: Path, images: list[str]) -> None:
+    path = repo / "manifests" / f"{images[0]}.json"
+    path.chmod(0o600)
+    path.write_bytes(b"nothing")
+    outcome = imager("list", "--repo", repo, "--json", code=3)
+    assert [item["id"] for item in outcome.json] == [images[1]]
+    assert images[0] in outcome.err
+
+
+def test_an_image_is_removed_once(repo: Path, images: list[str]) -> None:
+    outcome = imager("rm", images[0], images[0], "--yes", "--repo", repo, code=1)
+    assert "internal" not in outcome.err and images[0] in outcome.err
+    assert imager("list", "--repo", repo, "--json").json[0]["id"] == images[1]
+
+
 # --- settings ---
 
 

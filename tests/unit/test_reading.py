@@ -13,10 +13,11 @@ from imager.errors import SourceError
 from imager.extents import Extent, Extents
 from imager.format import State
 from imager.pipeline import BufferPool
-from imager.reading import SPAN_SIZE, EmptyRun, ReadPlan, read_with_retries
+from imager.reading import EmptyRun, ReadPlan, read_with_retries
 from tests.support.sources import MemorySource
 
 KIB, MIB = 1 << 10, 1 << 20
+SPAN = 4 * MIB
 
 
 @settings(max_examples=100, deadline=None)
@@ -50,15 +51,15 @@ def test_a_source_that_is_gone_is_an_error(number: int) -> None:
 
 def test_a_bad_stretch_costs_few_reads() -> None:
     """A bad sector among four MiB is found by halving, not by 8192 reads."""
-    source = MemorySource(bytes(SPAN_SIZE), bad=[5000])
-    read_with_retries(source, 0, memoryview(bytearray(SPAN_SIZE)))
+    source = MemorySource(bytes(SPAN), bad=[5000])
+    read_with_retries(source, 0, memoryview(bytearray(SPAN)))
     assert len(source.reads) < 20
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 9 * MIB),
-    st.sampled_from([64 * KIB, MIB, 16 * MIB]),
+    st.sampled_from([64 * KIB, MIB, 4 * MIB]),
     st.lists(st.tuples(st.integers(0, 9 * MIB), st.integers(1, 3 * MIB)), max_size=5),
     st.one_of(
         st.none(), st.lists(st.tuples(st.integers(0, 9 * MIB), st.integers(1, 3 * MIB)), max_size=5)
@@ -71,16 +72,16 @@ def test_every_block_comes_once_and_in_order(
         b"\x01" * size, data=None if data is None else Extents(data).clip(0, size)
     )
     wanted = Extents(used).clip(0, size).align_outward(4096, size)
-    plan = ReadPlan(source, wanted, block_size)
+    plan = ReadPlan(source, wanted, block_size, span_size=SPAN)
     at = total = 0
-    with BufferPool(1, plan.span_size) as pool:
+    with BufferPool(1, SPAN) as pool:
         for job in plan.jobs(pool):
             if isinstance(job, EmptyRun):
                 touched = wanted.clip(at, min(job.blocks * block_size, size - at))
                 assert bool(touched) == (job.state == State.ZERO)
                 at = min(at + job.blocks * block_size, size)
                 continue
-            assert job.offset == at and job.length <= plan.span_size
+            assert job.offset == at and job.length <= SPAN
             at += job.length
             assert job.length % block_size == 0 or at == size
             read = wanted.intersect(source.data_extents().align_outward(4096, size))
@@ -95,8 +96,8 @@ def test_every_block_comes_once_and_in_order(
 
 def test_short_gaps_are_read_over_but_not_kept() -> None:
     source = MemorySource(b"\x01" * MIB)
-    plan = ReadPlan(source, Extents([(0, 4096), (8192, 4096)]), MIB)
-    with BufferPool(1, plan.span_size) as pool:
+    plan = ReadPlan(source, Extents([(0, 4096), (8192, 4096)]), MIB, span_size=SPAN)
+    with BufferPool(1, SPAN) as pool:
         span = next(iter(plan.jobs(pool)))
         assert not isinstance(span, EmptyRun)
         assert source.reads == [Extent(0, 12288)]
