@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 
 from imager.errors import ImagerError
@@ -13,6 +14,7 @@ _INTERRUPTED = 130
 
 def main() -> None:
     """Run the command line and exit with its code (see `docs/exit-codes.md`)."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, cleaning up
     sys.exit(_run())
 
 

@@ -26,6 +26,11 @@ _SWAP_INFO = struct.Struct("<III16s16s")
 _SWAP_INFO_AT = 1024
 
 
+def tools_to_grow(kind: str) -> tuple[str, ...]:
+    """Programs that growing a filesystem of this kind runs."""
+    return _TOOLS.get(kind, ())
+
+
 def can_grow(kind: str) -> bool:
     """Whether ``grow_filesystem`` knows a filesystem, by blkid's name."""
     return kind in _GROWERS
@@ -100,6 +105,16 @@ def _mounted(device: str, kind: str, options: str) -> Iterator[str]:
         finally:
             run(["umount", folder])
 
+
+_EXT_TOOLS = ("e2fsck", "resize2fs")
+_TOOLS = {
+    "ext2": _EXT_TOOLS,
+    "ext3": _EXT_TOOLS,
+    "ext4": _EXT_TOOLS,
+    "xfs": ("xfs_growfs",),
+    "btrfs": ("btrfs",),
+    "swap": ("mkswap",),
+}
 
 _GROWERS: dict[str, Callable[[str], None]] = {
     "ext2": _grow_ext,

@@ -72,9 +72,7 @@ class Disk:
             if isinstance(start, int) and isinstance(size, int) and start <= offset < start + size:
                 kind = _object(item, "filesystem").get("kind", "unknown")
                 number = item.get("number")
-                return (
-                    f"the {kind} filesystem" if number is None else f"partition {number} ({kind})"
-                )
+                return f"the {kind} filesystem" if number is None else f"partition {number}, {kind}"
         return "outside of all partitions"
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,17 @@ from typing import Any
 from imager.allocation import identify
 from imager.blockmap import BlockMap
 from imager.blocksource import BlockSource, FileSource, PartSource
-from imager.deviceuse import device_numbers, disk_numbers_below, uses_of
+from imager.deviceuse import SYS_ROOT, device_numbers, disk_numbers_below, uses_of
 from imager.diskidentity import DiskIdentity, disk_identity
 from imager.errors import ImagerError, SourceError, UsageError
 from imager.extents import Extent
-from imager.growfs import can_grow
+from imager.growfs import can_grow, tools_to_grow
 from imager.manifest import Disk, Manifest
 from imager.marker import MARKER_SIZE, Marker
 from imager.partitions import read_partition_table, smallest_disk
 from imager.process import find_tool
 from imager.repository import Repository
+from imager.sysfs import read_number
 
 # UEFI Specification 2.10, 5.3.1: at least this much is reserved for the entries
 _GPT_ENTRIES_BYTES = 16384
@@ -110,12 +112,17 @@ class _Planner:
         self._check_options()
         map_ = self._repository.block_map(self._disk)
         source = self._source_range()
-        exists = Path(self._path).exists()
+        if _is_within(Path(self._path), self._repository.store.url):
+            self._refusals.append(f"{self._path} is a file of the repository itself")
+        exists = _has_content(Path(self._path))
+        if not exists and _is_among_devices(Path(self._path)):
+            self._refusals.append(f"there is no device {self._path}")
         offset, size, resumes, stale_gpt = 0, source.length, False, None
         if exists:
+            self._path = self._partition_node() or self._path
             self._check_use()
             try:
-                with self._open_target() as target:
+                with self._open(self._path) as target:
                     offset, size = self._target_range(target, source)
                     resumes = self._look_at(PartSource(target, offset, size), source)
                     self._check_sectors(target)
@@ -125,7 +132,7 @@ class _Planner:
         self._check_room(map_, source, size)
         source = Extent(source.offset, min(source.length, size))
         data_bytes, packs = self._check_packs(map_, source)
-        self._describe(map_, source, size, resumes=resumes, exists=exists)
+        self._describe(source, offset, size, resumes=resumes, exists=exists)
         return RestorePlan(
             image=self._manifest.id,
             disk=self._disk.name,
@@ -174,12 +181,28 @@ class _Planner:
 
     # --- the target ---
 
-    def _open_target(self) -> FileSource:
-        self._path = _partition_node(self._path, self._options) or self._path
-        with FileSource(self._path) as source:
-            is_device = source.is_device
-        sector = None if is_device else self._disk.logical_sector
-        return FileSource(self._path, logical_sector=sector)
+    def _open(self, path: str) -> FileSource:
+        return FileSource(path, logical_sector=self._disk.logical_sector)
+
+    def _partition_node(self) -> str | None:
+        """The device of the partition to write, so that its siblings may stay in use; only where
+        the kernel has it at the place that the table on the disk says."""
+        number = self._options.to_partition or self._options.partition
+        if number is None:
+            return None
+        folder = SYS_ROOT / "class/block" / Path(self._path).resolve().name
+        for entry in folder.glob("*/partition"):
+            if read_number(entry) == number:
+                start, size = (read_number(entry.parent / name) for name in ("start", "size"))
+                with suppress(SourceError), self._open(self._path) as target:
+                    part = read_partition_table(target).partition(number)
+                    if part and (start, size) == (part.offset // 512, part.size // 512):
+                        return f"/dev/{entry.parent.name}"
+                self._refusals.append(
+                    f"the kernel has another partition {number} than the table on {self._path}: "
+                    f"have it read the table again (partx --update {self._path})"
+                )
+        return None
 
     def _target_range(self, target: FileSource, source: Extent) -> tuple[int, int]:
         """Offset and length of what may be written."""
@@ -201,14 +224,11 @@ class _Planner:
         return part.offset, part.size
 
     def _check_use(self) -> None:
-        path = _partition_node(self._path, self._options) or self._path
+        path, url = self._path, self._repository.store.url
         for use in uses_of(path):
             self._refusals.append(f"{path}: {use.device} is {use.description}")
-        below = disk_numbers_below(Path(self._repository.store.url))
-        if device_numbers(path) & below:
-            self._refusals.append(
-                f"{path} holds the repository {self._repository.store.url} that is restored from"
-            )
+        if device_numbers(path) & disk_numbers_below(Path(url)):
+            self._refusals.append(f"{path} holds the repository {url} that is restored from")
 
     def _check_sectors(self, target: FileSource) -> None:
         if not target.is_device or self._table.scheme == "none" or self._options.partition:
@@ -229,8 +249,9 @@ class _Planner:
         if table.partitions:
             for part in table.partitions:
                 inside = identify(PartSource(target, part.offset, part.size))
-                name = part.name or inside.label or ""
-                self._overwrites.append(f"partition {part.number}: {inside.kind} {name}".rstrip())
+                kind = part.type_name if inside.kind == "unknown" else inside.kind
+                words = [f"partition {part.number}:", kind, part.name or inside.label]
+                self._overwrites.append(" ".join(filter(None, words)))
         elif (inside := identify(target)).kind != "unknown":
             self._overwrites.append(f"{inside.kind} {inside.label or ''}".rstrip())
         return False
@@ -304,15 +325,18 @@ class _Planner:
     # --- the steps, in words ---
 
     def _describe(
-        self, map_: BlockMap, source: Extent, size: int, *, resumes: bool, exists: bool
+        self, source: Extent, offset: int, size: int, *, resumes: bool, exists: bool
     ) -> None:
         options, disk = self._options, self._disk
         what = f"partition {options.partition}" if options.partition else "the disk"
+        into = ""
+        if options.partition and offset:
+            into = f" into partition {options.to_partition or options.partition} of the target"
         how = "compare with the target and write what differs"
         if not (options.delta or resumes):
             how = "write its blocks"
             how += ", zero or discard the rest" if exists else ", leave the rest sparse"
-        self._steps.append(f"{what} of {self._manifest.id}: {how}")
+        self._steps.append(f"{what} of {self._manifest.id}{into}: {how}")
         if options.read_back:
             self._steps.append("read everything back and compare digests")
         if options.partition is None:
@@ -323,8 +347,8 @@ class _Planner:
         if self._manifest.partial:
             for extent in disk.unreadable.within(*source):
                 self._warnings.append(
-                    f"{extent.length} bytes at byte {extent.offset} could not be read when the "
-                    f"image was made: {disk.where(extent.offset)}"
+                    f"{extent.length} bytes at byte {extent.offset}, {disk.where(extent.offset)}, "
+                    "could not be read when the image was made"
                 )
         if options.delta and not exists:
             self._refusals.append(f"{self._path} does not exist: there is nothing to compare with")
@@ -355,6 +379,8 @@ class _Planner:
         if not can_grow(kind):
             self._refusals.append(f"--grow: a filesystem of kind {kind} can't be grown here")
         self._steps.append(f"grow {what} ({kind}) to the target's end")
+        for tool in ("losetup", *tools_to_grow(kind)):
+            self._need_tool(tool)
 
     def _need_tool(self, name: str) -> None:
         if find_tool(name) is None:
@@ -377,13 +403,17 @@ def _head(target: BlockSource) -> bytes:
         return b""
 
 
-def _partition_node(path: str, options: RestoreOptions) -> str | None:
-    """The device of the partition to write, so that its siblings may stay in use."""
-    if options.partition is None:
-        return None
-    number = options.to_partition or options.partition
-    folder = Path("/sys/class/block") / Path(path).resolve().name
-    for entry in sorted(folder.glob("*/partition")):
-        if entry.read_text().strip() == str(number):
-            return f"/dev/{entry.parent.name}"
-    return None
+def _has_content(path: Path) -> bool:
+    """An empty file is as good as none: a restore that was killed early leaves one."""
+    return path.exists() and not (path.is_file() and path.stat().st_size == 0)
+
+
+def _is_within(path: Path, url: str) -> bool:
+    return path.resolve().is_relative_to(Path(url).resolve())
+
+
+def _is_among_devices(path: Path) -> bool:
+    """Whether a new file would lie in the memory that holds the device nodes."""
+    folder, devices = path.absolute().parent, Path("/dev")
+    is_there = folder.exists() and devices.is_mount()
+    return is_there and folder.stat().st_dev == devices.stat().st_dev

@@ -51,8 +51,9 @@ def utc_now() -> str:
 
 
 def new_image_id() -> str:
-    """Sorts by time; the random part keeps images of one second apart."""
-    return datetime.now(UTC).strftime("%Y%m%dt%H%M%Sz-") + secrets.token_hex(4)
+    """Sorts by time, to the microsecond; the random digits keep two hosts apart."""
+    now = datetime.now(UTC)
+    return f"{now:%Y%m%dt%H%M%Sz}-{now.microsecond:05x}{secrets.randbelow(1 << 12):03x}"
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,8 @@ class Repository:
 
     def find(self, text: str) -> Manifest:
         """An image by its id, a unique prefix of it, or ``NAME@latest``."""
+        if not text:
+            raise UsageError("an image without a name was asked for")
         name, at, which = text.rpartition("@")
         if at:
             if which != "latest":

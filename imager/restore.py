@@ -8,7 +8,7 @@ the workers decode, check and write in parallel.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -81,24 +81,29 @@ def _finish_table(disk: Disk, plan: RestorePlan, result: RestoreResult) -> None:
                 tell_kernel(plan.target)
     elif plan.options.grow and plan.target_size > plan.source.length:
         part = disk.partition(plan.options.partition or 0) or {}
-        _grow_filesystem(plan, result, plan.target_offset, plan.target_size, part)
+        _grow_filesystem(disk, plan, result, plan.target_offset, plan.target_size, part)
 
 
 def _grow_disk(disk: Disk, plan: RestorePlan, result: RestoreResult, *, has_table: bool) -> None:
     if not has_table:
-        _grow_filesystem(plan, result, 0, plan.target_size, (disk.partitions or [{}])[0])
+        _grow_filesystem(disk, plan, result, 0, plan.target_size, (disk.partitions or [{}])[0])
         return
     last = grow_last_partition(plan.target, sector_size=disk.logical_sector)
     if last is not None:
         part = disk.partition(last.number) or {}
-        _grow_filesystem(plan, result, last.offset, last.size, part)
+        _grow_filesystem(disk, plan, result, last.offset, last.size, part)
 
 
 def _grow_filesystem(
-    plan: RestorePlan, result: RestoreResult, offset: int, size: int, part: dict[str, Any]
+    disk: Disk,
+    plan: RestorePlan,
+    result: RestoreResult,
+    offset: int,
+    size: int,
+    part: dict[str, Any],
 ) -> None:
     kind = str((part.get("filesystem") or {}).get("kind", "unknown"))
-    grow_filesystem(plan.target, offset, size, kind)
+    grow_filesystem(plan.target, offset, size, kind, sector_size=disk.logical_sector)
     result.grown_to = size
 
 
@@ -135,9 +140,12 @@ class _Span(NamedTuple):
 
 
 class _Outcome(NamedTuple):
+    """Bytes of one job."""
+
     written: int = 0
     kept: int = 0
     zeroed: int = 0
+    checked: int = 0
 
 
 class _Restorer:
@@ -165,7 +173,7 @@ class _Restorer:
         self._compares = plan.options.delta or plan.resumes
         self._decoders = threading.local()
         self._marker_lock = threading.Lock()
-        self._marked = False
+        self._marked = plan.resumes
 
     def write(self) -> None:
         """Everything behind the first block, then, when that is durable, the first block."""
@@ -197,7 +205,8 @@ class _Restorer:
                 hint="do not use this disk; restore to another one",
             )
 
-    def _run(self, source: Extent, work: Any) -> None:
+    def _run(self, source: Extent, work: Callable[[_Span | _Empty], _Outcome]) -> None:
+        self._target_data = self._target.data_extents()
         with BufferPool(self._depth, self._span_size) as pool:
             self._pool = pool
             run_pipeline(
@@ -208,7 +217,7 @@ class _Restorer:
         self._result.written_bytes += outcome.written
         self._result.kept_bytes += outcome.kept
         self._result.zeroed_bytes += outcome.zeroed
-        self._progress.advance(outcome.written + outcome.kept)
+        self._progress.advance(outcome.written + outcome.kept + outcome.checked)
 
     # --- in the feeder ---
 
@@ -295,11 +304,12 @@ class _Restorer:
 
     def _reads_as_zero(self, offset: int, length: int) -> bool:
         buffer = Buffer(min(length, self._span_size))
-        for start in range(offset, offset + length, self._span_size):
-            step = min(self._span_size, offset + length - start)
-            self._target.read_into(start, buffer.view[:step])
-            if not buffer.is_zero(0, step):
-                return False
+        for extent in self._target_data.within(offset, length):
+            for start in range(extent.offset, extent.end, self._span_size):
+                step = min(self._span_size, extent.end - start)
+                self._target.read_into(start, buffer.view[:step])
+                if not buffer.is_zero(0, step):
+                    return False
         return True
 
     def _write_span(self, span: _Span) -> _Outcome:
@@ -374,15 +384,25 @@ class _Restorer:
         try:
             offset = job.offset
             for piece in job.pieces:
-                if piece.is_whole:
-                    view = job.buffer.view[: piece.length]
-                    self._target.read_into(offset, view)
-                    if digest_of(view) != piece.digest:
-                        self._faults.append(offset + shift)
+                if not self._holds(job, piece, offset):
+                    self._faults.append(offset + shift)
                 offset += piece.end - piece.start
         finally:
             self._pool.give(job.buffer)
-        return _Outcome(kept=offset - job.offset)
+        return _Outcome(checked=offset - job.offset)
+
+    def _holds(self, span: _Span, piece: _Piece, offset: int) -> bool:
+        """Whether the target has a block, or the part of it that belongs to the partition."""
+        view = span.buffer.view[: piece.length]
+        if piece.is_whole:
+            self._target.read_into(offset, view)
+            return digest_of(view) == piece.digest
+        content = span.pack.read(piece.ordinal, 1)
+        self._decode(span.pack, piece, span.pack.frame(content, piece.ordinal, piece.ordinal), view)
+        there = Buffer(piece.length)
+        part = there.view[piece.start : piece.end]
+        self._target.read_into(offset, part)
+        return bytes(part) == bytes(view[piece.start : piece.end])
 
     def _mark(self) -> None:
         """Put the marker at the start of the target, once, before anything else is written."""

@@ -40,14 +40,14 @@ class Target:
     """An open target. A context manager; leaving it does not sync, ``sync`` does."""
 
     def __init__(self, path: str, *, create_size: int | None = None) -> None:
-        """``create_size``: length in bytes of the file to make where there is none.
+        """``create_size``: length in bytes of the file to make, where there is none or an empty
+        one.
 
         Raises RefusedError when the kernel uses the device, ImagerError otherwise.
         """
         self.path = path
-        self.is_fresh = create_size is not None and not Path(path).exists()
-        if self.is_fresh:
-            assert create_size is not None
+        self.is_fresh = create_size is not None
+        if create_size is not None:
             _create_file(path, create_size)
         with FileSource(path) as source:
             self.is_device = source.is_device
@@ -189,12 +189,13 @@ def _open_direct(path: str) -> int | None:
 
 def _create_file(path: str, size: int) -> None:
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ImagerError(f"cannot create {path}: {error.strerror}") from None
     try:
         os.truncate(fd, size)
     except OSError as error:
+        Path(path).unlink()
         raise ImagerError(f"cannot create {path} of {size} bytes: {error.strerror}") from None
     finally:
         os.close(fd)

@@ -20,6 +20,11 @@ def show_bytes(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{value:.{0 if value >= 99.5 else 1}f} {unit}"
 
 
+def count_of(number: int, noun: str) -> str:
+    """``1 image``, ``2 images``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def parse_size(text: str) -> int:
     """Bytes of ``262144``, ``256K`` or ``1MiB`` (all units binary). Raises UsageError."""
     match = _SIZE.match(text.strip())

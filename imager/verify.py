@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from imager.errors import ImagerError, IntegrityError, ObjectMissing
@@ -38,7 +38,7 @@ class Fault:
     def __str__(self) -> str:
         place = self.image if self.disk is None else f"{self.image}/{self.disk}"
         if self.offset is not None:
-            place += f", byte {self.offset} ({self.where})"
+            place += f", {self.length} bytes at byte {self.offset} ({self.where})"
         return f"{place}: {f'{self.pack}: ' if self.pack else ''}{self.reason}"
 
 
@@ -215,7 +215,10 @@ class _Verifier:
     def _check_group(self, group: _Group) -> _Checked:
         """In a worker: every byte of the group's records."""
         pack, faults, content_bytes = group.pack, [], 0
-        stored_bytes = pack.offsets[group.first + group.records] - pack.offsets[group.first]
+        end = group.first + group.records
+        stored_bytes = pack.offsets[end] - pack.offsets[group.first]
+        if end == len(pack.entries):  # its header, table and trailer are checked already
+            stored_bytes += pack.length - (pack.offsets[-1] - pack.offsets[0])
         try:
             content = pack.read(group.first, group.records)
             for ordinal in range(group.first, group.first + group.records):
@@ -309,14 +312,20 @@ class _Verifier:
     def _add_fault(
         self, manifest: Manifest, disk: Disk, place: Place, extent: Extent, reason: str
     ) -> None:
-        self._result.faults.append(
-            Fault(
-                manifest.id,
-                reason,
-                disk.name,
-                extent.offset,
-                extent.length,
-                disk.where(extent.offset),
-                pack_name(place.pack),
-            )
+        """Neighbouring blocks with the same fault are one."""
+        fault = Fault(
+            manifest.id,
+            reason,
+            disk.name,
+            extent.offset,
+            extent.length,
+            disk.where(extent.offset),
+            pack_name(place.pack),
         )
+        last = self._result.faults[-1] if self._result.faults else None
+        if last is not None and last.offset is not None and last.length is not None:
+            joined = replace(fault, offset=last.offset, length=last.length)
+            if joined == last and last.offset + last.length == extent.offset:
+                fault = replace(joined, length=last.length + extent.length)
+                self._result.faults.pop()
+        self._result.faults.append(fault)

@@ -22,7 +22,5 @@ def confirm_by_name(name: str) -> None:
 def _ask(question: str) -> str:
     if not sys.stdin.isatty():
         raise RefusedError(["there is no terminal to ask on"], hint="give --yes to go ahead")
-    try:
-        return input(question).strip()
-    except EOFError:
-        return ""
+    print(question, end="", file=sys.stderr, flush=True)  # standard output may be a document
+    return sys.stdin.readline().strip()

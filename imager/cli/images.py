@@ -21,6 +21,7 @@ from imager.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
     from imager.manifest import Disk, Manifest
+    from imager.repository import Repository
 
 
 def list_images(
@@ -49,7 +50,7 @@ def list_images(
             show_bytes(sum(disk.size for disk in m.disks)),
             show_bytes(m.statistics.get("used_bytes", 0)),
             show_bytes(m.statistics.get("stored_bytes", 0)),
-            " ".join(filter(None, ["PARTIAL" if m.partial else "", m.note])),
+            " ".join([*_marks(m), m.note]).rstrip(),
         )
         for m in manifests
     ]
@@ -61,6 +62,9 @@ def list_images(
 
 def show(image: ImageArgument, repo: RepoOption = None, json: JsonOption = False) -> None:
     """Show all that is known of an image: disks, partitions, hardware, statistics."""
+    from imager.cli.hardware import print_hardware
+    from imager.fingerprint import Fingerprint
+
     repository = open_repository(repo)
     manifest, disks = find_disks(repository, image)
     if json:
@@ -69,6 +73,7 @@ def show(image: ImageArgument, repo: RepoOption = None, json: JsonOption = False
     _show_manifest(manifest)
     for disk in disks:
         _show_disk(disk)
+    print_hardware(Fingerprint.from_json(manifest.document.get("hardware") or {}))
 
 
 def draw_map(
@@ -90,7 +95,7 @@ def draw_map(
     cells = svg_cell_count() if svg else columns * 16
     picture = make_disk_map(repository.block_map(disk), disk, cells)
     if svg:
-        svg.write_text(draw_svg(picture, disk, f"{manifest.name} {disk.name}, {manifest.created}"))
+        _write_picture(svg, draw_svg(picture, disk, f"{manifest.name} {disk.name}"))
     if json:
         print_json({NAMES[state]: count for state, count in picture.totals.items()})
     elif svg:
@@ -127,17 +132,38 @@ def remove(
 ) -> None:
     """Remove images. Blocks that other images share stay."""
     from imager.cli.asking import confirm
+    from imager.units import count_of
 
     repository = open_repository(repo)
-    manifests = [find_image(repository, text) for text in images]
-    for manifest in manifests:
-        if not yes:
-            confirm(f"Remove image {manifest.id} of {manifest.name}, {manifest.created}?")
-        repository.remove(manifest.id)
+    ids = list(dict.fromkeys(_id_to_remove(repository, text) for text in images))
+    if not yes:
+        confirm(f"Remove {count_of(len(ids), 'image')}: {', '.join(ids)}?")
+    for image_id in ids:
+        repository.remove(image_id)
     if json:
-        print_json({"removed": [manifest.id for manifest in manifests]})
+        print_json({"removed": ids})
     else:
-        print(f"{len(manifests)} images removed; the space of blocks that no image uses is kept")
+        print(f"{count_of(len(ids), 'image')} removed; the space of their blocks is kept")
+
+
+def _write_picture(path: Path, picture: str) -> None:
+    from imager.errors import ImagerError
+
+    try:
+        path.write_text(picture)
+    except OSError as error:
+        raise ImagerError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _id_to_remove(repository: Repository, text: str) -> str:
+    """A whole id need not have a sound manifest to be removed."""
+    return text if text in repository.image_ids() else find_image(repository, text).id
+
+
+def _marks(manifest: Manifest) -> list[str]:
+    """What makes an image less than one could expect."""
+    in_use = manifest.document.get("consistency") == "none"
+    return ["PARTIAL"] * manifest.partial + ["IN-USE"] * in_use
 
 
 def _summary(manifest: Manifest) -> dict[str, Any]:

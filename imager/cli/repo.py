@@ -37,7 +37,7 @@ def init(
 @app.command()
 def stats(repo: RepoOption = None, json: JsonOption = False) -> None:
     """Count images, packs and bytes."""
-    from imager.units import show_bytes
+    from imager.units import count_of, show_bytes
 
     repository = open_repository(repo)
     sizes = [repository.store.size(name) for name in repository.store.names("packs")]
@@ -52,9 +52,11 @@ def stats(repo: RepoOption = None, json: JsonOption = False) -> None:
     if json:
         print_json(document)
         return
-    print(f"{repository.store.url}: {document['images']} images")
-    print(f"{len(sizes)} packs, {show_bytes(sum(sizes))}; blocks of", end=" ")
-    print(show_bytes(repository.block_size))
+    print(f"{repository.store.url}: {count_of(len(repository.image_ids()), 'image')}")
+    print(
+        f"{count_of(len(sizes), 'pack')}, {show_bytes(sum(sizes))}; "
+        f"blocks of {show_bytes(repository.block_size)}"
+    )
 
 
 def _describe(url: str, repository_id: str, block_size: int, json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -102,12 +103,12 @@ def restore(
     options = RestoreOptions(partition, to_partition, delta, grow, new_ids, read_back)
     repository = open_repository(repo)
     prepared = _make_plans(repository, image, targets, options)
-    if not json:
-        for *_, item in prepared:
-            _print_plan(item)
     reasons = [reason for *_, item in prepared for reason in item.refusals]
     if reasons:
         raise RefusedError(reasons)
+    if not json:
+        for *_, item in prepared:
+            _print_plan(item)
     if not yes:
         for *_, item in prepared:
             confirm_by_name(item.target)
@@ -152,15 +153,15 @@ def _pair(disks: list[Disk], targets: list[str]) -> list[tuple[Disk, str]]:
             f"{len(disks)} disks to restore ({', '.join(named)}) and {len(targets)} targets",
             hint="give one target for each, or name one disk: IMAGE/DISK",
         )
-    if len({disk.name for disk, _ in pairs}) != len(pairs) or len({p for _, p in pairs}) != len(
-        pairs
-    ):
+    names = {disk.name for disk, _ in pairs}
+    paths = {Path(path).resolve() for _, path in pairs}
+    if len(names) != len(pairs) or len(paths) != len(pairs):
         raise UsageError("a disk or a target is named twice")
     return pairs
 
 
 def _print_plan(plan: RestorePlan) -> None:
-    from imager.units import show_bytes
+    from imager.units import count_of, show_bytes
 
     identity = plan.identity
     words = [text for text in (identity.model, identity.serial, identity.wwn) if text]
@@ -171,7 +172,7 @@ def _print_plan(plan: RestorePlan) -> None:
         print(f"  overwrites {text}")
     for text in plan.steps:
         print(f"  - {text}")
-    print(f"  {show_bytes(plan.data_bytes)} of data from {plan.packs} packs")
+    print(f"  {show_bytes(plan.data_bytes)} of data from {count_of(plan.packs, 'pack')}")
     for text in plan.warnings:
         print(f"  warning: {text}")
     for text in plan.refusals:

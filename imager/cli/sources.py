@@ -16,7 +16,6 @@ from imager.cli.output import print_json, print_table
 if TYPE_CHECKING:
     from imager.blocksource import FileSource
     from imager.capture import SourceDisk
-    from imager.fingerprint import Device, Fingerprint
     from imager.layout import DiskLayout
     from imager.manifest import Manifest
     from imager.repository import Repository
@@ -39,6 +38,7 @@ def inspect(
 ) -> None:
     """Show a disk's partitions and filesystems, the hardware, and what a capture would read."""
     from imager.blocksource import FileSource
+    from imager.cli.hardware import print_hardware
     from imager.diskidentity import disk_identity
     from imager.fingerprint import read_fingerprint
     from imager.layout import read_layout
@@ -61,7 +61,8 @@ def inspect(
         print_json(document)
     else:
         _print_disk(document, layout)
-        _print_hardware(hardware)
+        if source.is_device:
+            print_hardware(hardware)
 
 
 def capture(
@@ -108,7 +109,7 @@ def capture(
     with ExitStack() as stack:
         shown = stack.enter_context(open_progress(progress))
         disks = _open_disks(paths, sector_size, stack)
-        found_consistency = _check_consistency(paths, consistency)
+        writers = _find_writers(paths, consistency)
         repository = _open_or_make(repo, init)
         job = CaptureJob(
             disks=tuple(disks),
@@ -116,9 +117,9 @@ def capture(
             note=note,
             level=DEFAULT_LEVEL if level is None else level,
             all_blocks=all_blocks,
-            consistency=found_consistency,
+            consistency="none" if writers else "offline",
             hardware=read_fingerprint(),
-            warnings=tuple(_warnings(disks, repository)),
+            warnings=tuple(_warnings(disks, repository, writers)),
         )
         for text in job.warnings:
             shown.note(f"warning: {text}")
@@ -180,8 +181,8 @@ def _clean(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text) or "disk"
 
 
-def _check_consistency(paths: list[str], asked: str) -> str:
-    """What the manifest says. Raises RefusedError for a source that is being written to."""
+def _find_writers(paths: list[str], asked: str) -> list[str]:
+    """Who may be writing to the sources. Raises RefusedError unless that was asked for."""
     from imager.deviceuse import uses_of
     from imager.errors import RefusedError, UsageError
 
@@ -199,7 +200,7 @@ def _check_consistency(paths: list[str], asked: str) -> str:
             hint="unmount it, or remount it read-only; --consistency none captures a disk that "
             "changes meanwhile, at your own risk",
         )
-    return "none" if writers else "offline"
+    return writers
 
 
 def _open_or_make(flag: str | None, init: bool) -> Repository:
@@ -219,11 +220,12 @@ def _open_or_make(flag: str | None, init: bool) -> Repository:
     return Repository.open(url)
 
 
-def _warnings(disks: list[SourceDisk], repository: Repository) -> list[str]:
+def _warnings(disks: list[SourceDisk], repository: Repository, writers: list[str]) -> list[str]:
     from imager.belonging import missing_members
     from imager.deviceuse import device_numbers, disk_numbers_below
 
     texts = missing_members(disks)
+    texts += [f"captured while it changed: {text}" for text in writers]
     below = disk_numbers_below(Path(repository.store.url))
     for disk in disks:
         if disk.source.is_device and device_numbers(disk.source.path) & below:
@@ -265,35 +267,6 @@ def _print_disk(document: dict[str, Any], layout: DiskLayout) -> None:
         for text in filter(None, reasons):
             print(f"  {volume.number or 'the disk'}: {text}")
     print(f"a capture reads {show_bytes(document['used_bytes'])}")
-
-
-def _print_hardware(hardware: Fingerprint) -> None:
-    from imager.units import show_bytes
-
-    print("\nthis machine:")
-    facts = {
-        "vendor": hardware.system_vendor,
-        "product": hardware.system_product,
-        "cpu": " ".join(filter(None, [hardware.cpu_model, hardware.architecture])),
-        "memory": show_bytes(hardware.memory) if hardware.memory else None,
-        "firmware": hardware.firmware,
-        "secure boot": {True: "on", False: "off", None: None}[hardware.secure_boot],
-    }
-    for name, fact in facts.items():
-        if fact:
-            print(f"  {name:<12} {fact}")
-    for device in hardware.storage:
-        print(f"  storage      {_device_words(device)}")
-    for card in hardware.network:
-        chain = ", ".join(_device_words(device) for device in card.devices)
-        print(f"  network      {card.name} {card.mac or ''} {chain}".rstrip())
-    for disk in hardware.disks:
-        words = [disk.path, show_bytes(disk.size or 0), disk.model, disk.serial, disk.transport]
-        print(f"  disk         {' '.join(filter(None, words))}")
-
-
-def _device_words(device: Device) -> str:
-    return f"{device.driver or 'no driver'} ({device.bus} {device.vendor}:{device.device})"
 
 
 def _print_capture(manifest: Manifest, json: bool) -> None:

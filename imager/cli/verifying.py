@@ -27,7 +27,7 @@ def verify(
     """
     from imager.cli.bars import open_progress
     from imager.errors import IntegrityError
-    from imager.units import show_bytes
+    from imager.units import count_of, show_bytes
     from imager.verify import verify as run
 
     repository = open_repository(repo)
@@ -43,6 +43,7 @@ def verify(
         for text in result.pack_faults:
             print(f"DAMAGED, in no image: {text}")
     checked = "structure only" if quick else f"{show_bytes(result.content_bytes)} of blocks"
-    print(f"{result.images} images, {result.packs} packs, {checked}:", end=" ")
-    print("all sound" if result.is_sound else f"{len(result.faults)} places are damaged")
+    counted = f"{count_of(result.images, 'image')}, {count_of(result.packs, 'pack')}, {checked}"
+    damage = count_of(len(result.faults) or len(result.pack_faults), "damaged place")
+    print(f"{counted}: {'all sound' if result.is_sound else damage}")
     return 0 if result.is_sound else IntegrityError.exit_code

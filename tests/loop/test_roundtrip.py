@@ -167,7 +167,7 @@ def test_an_image_after_a_change_and_back(repo: Path, tmp_path: Path) -> None:
     for change in imager("diff", first["id"], second["id"], "--repo", repo, "--json").json[
         "changes"
     ]:
-        assert change["where"] == "partition 2 (ext4)"
+        assert "partition 2" in change["where"] and "ext4" in change["where"]
     (result,) = imager(
         "restore", first["id"], source, "--delta", "--yes", "--repo", repo, "--json"
     ).json

@@ -445,11 +445,6 @@ def test_the_disk_that_holds_the_repository(tmp_path: Path) -> None:
             assert f"the repository lies on {device}" in outcome.err
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="BUG plan.py, _check_use: a file of the repository itself is taken as a target, and "
-    "the image is destroyed by its own restore",
-)
 def test_a_file_of_the_repository(repo: Path, tmp_path: Path) -> None:
     imager("capture", make_file(tmp_path / "sda.img", 100), "--repo", repo)
     imager("capture", make_random(tmp_path / "big.img", MIB), "--repo", repo)

@@ -18,14 +18,17 @@ from imager import target
 from imager.__main__ import main
 
 _CALLS = ("write", "pwrite", "pwritev", "fsync", "ftruncate", "truncate", "link", "unlink", "mkdir")
+_IOCTLS = (0x1277, 0x127F)  # linux/fs.h: BLKDISCARD, BLKZEROOUT
 
 
 def _install(fatal: int) -> Callable[[], int]:
     counter = itertools.count(1)
-    last = [0]
+    last, ioctl = [0], fcntl.ioctl
 
     def counted(call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*arguments: Any, **options: Any) -> Any:
+            if call is ioctl and arguments[1] not in _IOCTLS:
+                return call(*arguments, **options)
             last[0] = next(counter)
             if last[0] == fatal:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -36,8 +39,8 @@ def _install(fatal: int) -> Callable[[], int]:
 
     for name in _CALLS:
         setattr(os, name, counted(getattr(os, name)))
-    fcntl.ioctl = counted(fcntl.ioctl)
-    target._fallocate = counted(target._fallocate)
+    fcntl.ioctl = counted(ioctl)
+    target._fallocate = counted(target._fallocate)  # type: ignore[assignment]
     return lambda: last[0]
 
 

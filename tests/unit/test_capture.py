@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, tzinfo
 from pathlib import Path
 
@@ -39,6 +41,16 @@ def put(
     chosen = manifest.disks[disk]
     plan = plan_restore(repository, manifest, chosen, str(target), RestoreOptions(**options))
     return restore(repository, manifest, chosen, plan, NullProgress())
+
+
+@contextmanager
+def scratch() -> Iterator[tuple[str, Path]]:
+    """Where a repository can be made, in memory, and a folder for targets."""
+    with (
+        tempfile.TemporaryDirectory(dir=MEMORY_FOLDER) as memory,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        yield f"{memory}/repo", Path(folder)
 
 
 def kept(content: bytes, used: Extents) -> bytes:
@@ -84,9 +96,8 @@ def test_used_bytes_come_back_and_the_rest_is_zero(
 ) -> None:
     source, used = disk
     expected = kept(source.content, used)
-    with tempfile.TemporaryDirectory(dir=MEMORY_FOLDER) as name:
-        folder = Path(name)
-        repository = Repository.create(str(folder / "repo"), block_size=block_size)
+    with scratch() as (repo, folder):
+        repository = Repository.create(repo, block_size=block_size)
         manifest = take(repository, memory_disk(source, used))
         assert not manifest.partial
         target, more = folder / "target", 0
@@ -124,14 +135,14 @@ def test_bad_sectors_are_listed_to_the_sector(
     expected = bytearray(kept(source.content, used))
     for extent in lost:
         expected[extent.offset : extent.end] = bytes(extent.length)
-    with tempfile.TemporaryDirectory(dir=MEMORY_FOLDER) as name:
-        repository = Repository.create(f"{name}/repo", block_size=64 * KIB)
+    with scratch() as (repo, folder):
+        repository = Repository.create(repo, block_size=64 * KIB)
         manifest = take(repository, memory_disk(source, used))
         assert manifest.partial == bool(lost)
         assert manifest.disks[0].unreadable == lost
-        result = put(repository, manifest, Path(name, "target"))
+        result = put(repository, manifest, folder / "target")
         assert len(result.missing) == len(lost)
-        assert Path(name, "target").read_bytes() == bytes(expected)
+        assert (folder / "target").read_bytes() == bytes(expected)
         assert verify(repository, [], NullProgress()).is_sound
 
 

@@ -86,7 +86,7 @@ def test_text_of_every_command(repo: Path, tmp_path: Path, images: list[str]) ->
     assert all(id in run("list") for id in images)
     assert "root digest" in run("show", f"{first}/web1")
     assert "used 2.0 MiB" in run("map", first)
-    assert "64.0 KiB in 1 ranges differ" in run("diff", first, second)
+    assert "64.0 KiB in 1 range" in run("diff", first, second)
     assert "all sound" in run("verify")
     assert "a new file" in run("plan", first, tmp_path / "new.img")
     assert "2.0 MiB written" in run("restore", first, tmp_path / "new.img", "--yes")
@@ -95,7 +95,7 @@ def test_text_of_every_command(repo: Path, tmp_path: Path, images: list[str]) ->
     picture = tmp_path / "map.svg"
     assert str(picture) in run("map", first, "--svg", picture)
     assert picture.read_text().startswith("<svg ")
-    assert "1 images removed" in run("rm", first, "--yes")
+    assert "1 image" in run("rm", first, "--yes")
     assert first not in run("list")
 
 
@@ -179,7 +179,6 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 BUGS = {
     "an empty image": "BUG repository.find: an empty text is a prefix of every id, so an empty "
     "variable in a script shows, restores or removes the only image",
-    "a picture in no folder": "BUG cli/images.py: the bare OSError is shown, '[Errno 2] …'",
 }
 
 
@@ -287,7 +286,7 @@ def test_damage_is_listed_with_exit_code_3(repo: Path, images: list[str]) -> Non
     assert result["sound"] is False
     assert {fault["image"] for fault in result["faults"]} == set(images)
     text = imager("verify", "--repo", repo, code=3).out
-    assert f"DAMAGED {images[0]}/web1, byte" in text
+    assert f"DAMAGED {images[0]}/web1" in text and "at byte" in text
     assert imager("verify", "--quick", "--repo", repo).code == 0
     pack.unlink()
     imager("verify", "--quick", "--repo", repo, code=3)
@@ -313,8 +312,8 @@ def test_a_damaged_manifest_is_no_part_of_the_json(repo: Path, images: list[str]
 
 
 def test_an_image_is_removed_once(repo: Path, images: list[str]) -> None:
-    outcome = imager("rm", images[0], images[0], "--yes", "--repo", repo, code=1)
-    assert "internal" not in outcome.err and images[0] in outcome.err
+    imager("rm", images[0], images[0], "--yes", "--repo", repo)
+    assert images[0] in imager("rm", images[0], "--yes", "--repo", repo, code=1).err
     assert imager("list", "--repo", repo, "--json").json[0]["id"] == images[1]
 
 
@@ -384,11 +383,6 @@ def test_progress_as_json_lines(repo: Path, tmp_path: Path) -> None:
             assert all(set(line) == {"label", "done", "total", "seconds"} for line in mine)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="BUG verify.py: the total is the length of the packs, but only records are counted, so "
-    "the bar ends a little short of 100 %",
-)
 def test_progress_of_verify_reaches_its_total(repo: Path, images: list[str]) -> None:
     outcome = imager("verify", "--repo", repo, "--progress", "json")
     last = json.loads(outcome.err.splitlines()[-1])
@@ -468,10 +462,6 @@ def test_removing_asks(repo: Path, images: list[str]) -> None:
     assert len(imager("list", "--repo", repo, "--json").json) == 1
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="BUG cli/asking.py: input() writes the question to standard output, before the JSON",
-)
 def test_a_question_is_no_part_of_the_json(repo: Path, tmp_path: Path, images: list[str]) -> None:
     target = make_file(tmp_path / "target", 2 * MIB)
     code, _, out = converse(

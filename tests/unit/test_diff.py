@@ -88,7 +88,7 @@ def test_changes_are_cut_at_partitions(repo: Path) -> None:
     found = diff(repository, one, other)
     assert [(c.offset // UNIT, c.length // UNIT, c.where) for c in found.changes] == [
         (0, 1, "outside of all partitions"),
-        (1, 2, "partition 1 (ext4)"),
-        (3, 4, "partition 2 (swap)"),
+        (1, 2, "partition 1, ext4"),
+        (3, 4, "partition 2, swap"),
         (7, 1, "outside of all partitions"),
     ]
