@@ -179,8 +179,7 @@ class _Restorer:
         """Everything behind the first block, then, when that is durable, the first block."""
         self._progress.start(f"restoring {self._disk.name}", self._plan.data_bytes)
         source = self._plan.source
-        unit = self._disk.block_size
-        head_end = min((source.offset // unit + 1) * unit, source.end)
+        head_end = source.offset + self._head_length()
         if not self._compares:
             self._mark()
         self._run(Extent(head_end, source.end - head_end), self._write_job)
@@ -404,16 +403,20 @@ class _Restorer:
         self._target.read_into(offset, part)
         return bytes(part) == bytes(view[piece.start : piece.end])
 
+    def _head_length(self) -> int:
+        """What is written last: up to the first border of blocks behind the marker."""
+        source, unit = self._plan.source, self._disk.block_size
+        border = -(-(source.offset + MARKER_SIZE) // unit) * unit
+        return min(border, source.end) - source.offset
+
     def _mark(self) -> None:
         """Put the marker at the start of the target, once, before anything else is written."""
         with self._marker_lock:
             if self._marked:
                 return
-            source = self._plan.source
-            unit = self._disk.block_size
-            head = min((source.offset // unit + 1) * unit, source.end) - source.offset
-            if head >= MARKER_SIZE:
-                marker = Marker(self._manifest.id, self._disk.name, self._disk.root, source.offset)
+            if self._head_length() >= MARKER_SIZE:
+                offset = self._plan.source.offset
+                marker = Marker(self._manifest.id, self._disk.name, self._disk.root, offset)
                 buffer = Buffer(MARKER_SIZE)
                 buffer.view[:] = marker.encode()
                 self._target.write(self._plan.target_offset, buffer.view)

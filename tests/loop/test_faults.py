@@ -177,20 +177,7 @@ def test_an_interrupted_capture(tmp_path: Path, repo: Path, number: int) -> None
     assert verified(repo)
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        signal.SIGINT,
-        pytest.param(
-            signal.SIGTERM,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="BUG __main__.py: SIGTERM outside of the pipeline (while maps are read, "
-                "or packs are finished) just ends the process: no 130, no hint",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_before_the_first_block(tmp_path: Path, repo: Path, number: int) -> None:
     with faulty_file(make_random(tmp_path / "big.img", MIB), delay=0.5) as source:
         process = start("capture", source, "--repo", repo)

@@ -248,11 +248,6 @@ def test_a_partition_beside_a_mounted_one(
     assert_tree(target, tree)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="BUG plan.py, _partition_node: the kernel's idea of partition N is trusted without a "
-    "look whether start and size are those of the table on the disk",
-)
 def test_a_table_that_the_kernel_has_not_read_yet(
     server: tuple[Path, Path, dict[str, object]], tmp_path: Path
 ) -> None:

