@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from imager.allocation import AllocationMap, Filesystem, allocation_map, identify
+from imager.allocation import (
+    AllocationMap,
+    Companion,
+    Filesystem,
+    allocation_map,
+    identify,
+    transparent_raid,
+)
 from imager.blocksource import BlockSource, PartSource
 from imager.extents import Extents
 from imager.partitions import Partition, PartitionTable, read_partition_table
 
 # Filesystems think in pages of this size or larger; smaller pieces are not worth a seek.
 PIECE_SIZE = 4096
+
+
+Verdict = Literal["proved", "nothing to prove", "not proved", "failed"]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the coverage proof says of a volume's map."""
+
+    verdict: Verdict
+    text: str
+    """By what it was proved, or why it was not."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the map can be trusted by more than its own word."""
+        return self.verdict in ("proved", "nothing to prove")
+
+    def to_json(self) -> dict[str, str]:
+        return {"verdict": self.verdict, "text": self.text}
 
 
 @dataclass(frozen=True)
@@ -25,6 +52,7 @@ class Volume:
     size: int
     filesystem: Filesystem
     allocation: AllocationMap
+    proof: Proof | None = None
 
     @property
     def number(self) -> int | None:
@@ -39,6 +67,7 @@ class Volume:
             "used_bytes": self.allocation.used.total,
             "certainty": self.allocation.certainty,
             "reason": self.allocation.reason,
+            **({"proof": self.proof.to_json()} if self.proof else {}),
         }
 
 
@@ -66,20 +95,74 @@ class DiskLayout:
 
 def read_layout(source: BlockSource) -> DiskLayout:
     """Read table and allocation maps; what can't be understood counts as used."""
-    table = read_partition_table(source)
+    return read_layouts([source])[0]
+
+
+def read_layouts(sources: Sequence[BlockSource]) -> list[DiskLayout]:
+    """The layouts of disks that are captured together.
+
+    First what all of them hold, then the maps: a filesystem or volume group over several devices
+    may have on one what says which bytes of another are used.
+    """
+    tables = [read_partition_table(source) for source in sources]
+    places = [_places(source, table) for source, table in zip(sources, tables, strict=True)]
+    companions = [place.content for disk in places for place in disk]
+    return [
+        DiskLayout(table, _volumes(source, disk, companions), source.size)
+        for source, table, disk in zip(sources, tables, places, strict=True)
+    ]
+
+
+class _Place(NamedTuple):
+    """Where a volume lies, and what was found there."""
+
+    partition: Partition | None
+    offset: int
+    content: Companion
+
+
+def _places(source: BlockSource, table: PartitionTable) -> list[_Place]:
+    """Ascending. A disk without partitions is one place."""
     if not table.partitions:
-        return DiskLayout(table, (_volume(source, None, 0, source.size),), source.size)
-    volumes = (
-        _volume(source, partition, partition.offset, partition.size)
+        return [_place(source, None, 0, source.size)]
+    return [
+        _place(source, partition, partition.offset, partition.size)
         for partition in sorted(table.partitions, key=lambda item: item.offset)
         if partition.kind != "extended" and partition.end <= source.size
-    )
-    return DiskLayout(table, _without_overlaps(volumes), source.size)
+    ]
 
 
-def _volume(source: BlockSource, partition: Partition | None, offset: int, size: int) -> Volume:
+def _place(source: BlockSource, partition: Partition | None, offset: int, size: int) -> _Place:
     part = PartSource(source, offset, size)
-    return Volume(partition, offset, size, identify(part), allocation_map(part))
+    return _Place(partition, offset, Companion(identify(part), part))
+
+
+def _volumes(
+    source: BlockSource, places: Sequence[_Place], companions: Sequence[Companion]
+) -> tuple[Volume, ...]:
+    volumes = _without_overlaps(_volume(place, companions) for place in places)
+    raid = _raid_of(source, places)
+    if raid is None:
+        return volumes
+    return tuple(_all_used(v, f"the disk is a member of a RAID ({raid.kind})") for v in volumes)
+
+
+def _raid_of(source: BlockSource, places: Sequence[_Place]) -> Filesystem | None:
+    """The RAID that a partitioned disk is a member of: the table is then that of the array, whose
+    partitions may go on at other disks.
+
+    An md superblock 0.90 in the last partition can look like one of the disk, but for its size.
+    """
+    raid = transparent_raid(source) if any(place.partition for place in places) else None
+    if raid and raid.size and raid.size <= source.size - places[-1].offset:
+        return None
+    return raid
+
+
+def _volume(place: _Place, companions: Sequence[Companion]) -> Volume:
+    filesystem, part = place.content
+    allocation = allocation_map(part, companions)
+    return Volume(place.partition, place.offset, part.size, filesystem, allocation)
 
 
 def _without_overlaps(volumes: Iterable[Volume]) -> tuple[Volume, ...]:
@@ -89,9 +172,10 @@ def _without_overlaps(volumes: Iterable[Volume]) -> tuple[Volume, ...]:
     for one, other in pairwise(ordered):
         if one.offset + one.size > other.offset:
             doubtful |= {id(one), id(other)}
-    return tuple(_all_used(v) if id(v) in doubtful else v for v in ordered)
+    reason = "it overlaps another partition"
+    return tuple(_all_used(v, reason) if id(v) in doubtful else v for v in ordered)
 
 
-def _all_used(volume: Volume) -> Volume:
-    allocation = AllocationMap(Extents.whole(volume.size), "all", "it overlaps another partition")
+def _all_used(volume: Volume, reason: str) -> Volume:
+    allocation = AllocationMap(Extents.whole(volume.size), "all", reason)
     return Volume(volume.partition, volume.offset, volume.size, volume.filesystem, allocation)

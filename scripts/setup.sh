@@ -13,7 +13,9 @@ build="gcc libc6-dev pkg-config libparted-dev"
 runtime="$build e2fsprogs fdisk mount util-linux"
 demo="$runtime dosfstools mtools grub-common grub-pc-bin grub-efi-amd64-bin mmdebstrap
       qemu-system-x86 qemu-utils ovmf zstd"
-test="$demo gdisk xfsprogs btrfs-progs ntfs-3g exfatprogs f2fs-tools cryptsetup-bin lvm2"
+test="$demo gdisk xfsprogs btrfs-progs ntfs-3g exfatprogs f2fs-tools cryptsetup-bin lvm2 mdadm dmsetup
+      thin-provisioning-tools
+      fuse3 attr acl"
 bench="$demo partclone borgbackup time"
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1

@@ -9,7 +9,7 @@ constants, one for each of its edges (``EdgeChecksum``). The edges are needed an
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import reduce
+from functools import lru_cache, reduce
 from itertools import accumulate
 from operator import xor
 
@@ -35,6 +35,66 @@ def crc32c(register: int, data: Iterable[int]) -> int:
     for byte in data:
         register = table[(register ^ byte) & 0xFF] ^ register >> 8
     return register
+
+
+def crc32c_of(register: int, data: bytes) -> int:
+    """The same register as ``crc32c``'s, for long data some 15 times as fast.
+
+    As polynomials, ``data`` = head * x^n + tail, and x^n may be replaced by its remainder. So the
+    head is folded into the tail, half of the data a time, by a few shifts of one long integer.
+    """
+    if len(data) < 64:
+        return crc32c(register, data)
+    bits = int.from_bytes(data, "little") ^ register
+    for head, shifts in _folds(len(data)):
+        low = bits & (1 << head) - 1
+        bits >>= head
+        for shift in shifts:
+            bits ^= low << shift
+    return crc32c(0, bits.to_bytes(_FOLDED, "little"))
+
+
+_FOLDED = 32  # bytes that are left for the table
+
+
+@lru_cache(maxsize=16)
+def _folds(length: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Steps that shorten ``length`` bytes to ``_FOLDED``: how many leading bits to fold, and
+    where each bit of the remainder puts them.
+
+    The lowest bit of the integer is the highest power of x.
+    """
+    steps = []
+    bits = length * 8
+    while bits > _FOLDED * 8:
+        head = min((bits - 32) // 2, bits - _FOLDED * 8)
+        rest = bits - head
+        power = _power_of_x(rest)
+        # Bit 31 - j of a register is x^j.
+        shifts = tuple(rest - head - j for j in range(32) if power >> 31 - j & 1)
+        steps.append((head, shifts))
+        bits = rest
+    return tuple(steps)
+
+
+def _power_of_x(exponent: int) -> int:
+    """x^exponent modulo the polynomial of CRC-32C, as a register."""
+    result, square = 1 << 31, 1 << 30  # 1 and x
+    while exponent:
+        if exponent & 1:
+            result = _product(result, square)
+        square = _product(square, square)
+        exponent >>= 1
+    return result
+
+
+def _product(one: int, other: int) -> int:
+    result = 0
+    for bit in range(31, -1, -1):
+        if one >> bit & 1:
+            result ^= other
+        other = _shift(other, _CRC32C_POLYNOMIAL)
+    return result
 
 
 def crc16(register: int, data: Iterable[int]) -> int:

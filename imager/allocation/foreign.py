@@ -33,7 +33,14 @@ _SIGNATURES = (
     (1 << 20, bytes.fromhex("0dd001c0"), "VMFS_volume_member"),
 )
 
+# Members of a RAID that the firmware set up; the offset is from the device's end.
+_SIGNATURES_AT_END = (
+    (1024, b"Intel Raid ISM Cfg Sig. ", "isw_raid_member"),
+    (512, bytes.fromhex("de11de11"), "ddf_raid_member"),
+)
+
 _ZFS_UBERBLOCK = 0x00BAB10C
+_SECTOR = 512  # bytes
 _ZFS_UBERBLOCKS = range(128 << 10, 256 << 10, 1024)  # bytes; the first label's ring
 
 
@@ -42,7 +49,22 @@ def probe(source: BlockSource) -> Filesystem | None:
     for offset, magic, name in _SIGNATURES:
         if read_if_inside(source, offset, len(magic)) == magic:
             return Filesystem(name)
+    if firmware_raid := _firmware_raid(source):
+        return Filesystem(firmware_raid)
     return Filesystem("zfs_member") if _is_zfs(source) else None
+
+
+def is_transparent(source: BlockSource) -> bool:
+    """Whether the device begins with what a RAID of the firmware holds. Raises OSError."""
+    return _firmware_raid(source) is not None
+
+
+def _firmware_raid(source: BlockSource) -> str | None:
+    end = source.size // _SECTOR * _SECTOR
+    for distance, magic, name in _SIGNATURES_AT_END:
+        if read_if_inside(source, end - distance, len(magic)) == magic:
+            return name
+    return None
 
 
 def _is_zfs(source: BlockSource) -> bool:

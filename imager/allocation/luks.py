@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from imager.allocation.model import Filesystem, read_if_inside, text
+from imager.allocation.model import AllocationMap, Filesystem, all_used, read_if_inside, text
 from imager.blocksource import BlockSource
 
 
@@ -17,4 +17,13 @@ def probe(source: BlockSource) -> Filesystem | None:
         label=text(raw[24:72]) if version == 2 else None,
         uuid=text(raw[168:208]),
         notes=(f"LUKS version {version}",),
+    )
+
+
+def allocation_map(source: BlockSource, filesystem: Filesystem) -> AllocationMap:
+    """All of it: which bytes are used can't be told without the key."""
+    return all_used(
+        source,
+        "luks: an encrypted container can't be thinned offline (while it is open, the mapped "
+        "device can be captured)",
     )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from imager.blocksource import BlockSource
 from imager.errors import NotRecognized
@@ -59,15 +59,28 @@ class Filesystem:
         )
 
 
+class Companion(NamedTuple):
+    """Another partition or disk that is captured together with the one in question."""
+
+    filesystem: Filesystem
+    """What ``identify`` says it holds."""
+    source: BlockSource
+
+
 @dataclass(frozen=True)
 class AllocationMap:
     """Which bytes of a source are in use; everything else need not be read."""
 
     used: Extents
     certainty: Certainty
-    """``exact``; ``union`` of the states before and after a journal replay; or ``all`` of it."""
+    """``exact``; ``union`` of the states before and after a journal replay; or ``all`` of it, or of
+    what a volume manager has given out."""
     reason: str | None = None
-    """Why the map is not exact."""
+    """Why the map is not exact; of a container, what its parts are and how each was mapped."""
+
+
+LookInside = Callable[[BlockSource], tuple[Filesystem, AllocationMap]]
+"""Identifies and maps what a container holds: a logical volume, or the data of a mirror."""
 
 
 def all_used(source: BlockSource, reason: str) -> AllocationMap:

@@ -34,17 +34,26 @@ SectorOption = Annotated[
 def inspect(
     disk: Annotated[str, typer.Argument(metavar="DISK", help="A disk, a partition or a file.")],
     sector_size: SectorOption = None,
+    prove: Annotated[
+        bool,
+        typer.Option("--prove", help="Check and read the filesystems without their unused bytes."),
+    ] = False,
     json: JsonOption = False,
-) -> None:
+) -> int:
     """Show a disk's partitions and filesystems, the hardware, and what a capture would read."""
     from imager.blocksource import FileSource
     from imager.cli.hardware import print_hardware
+    from imager.cli.proving import all_hold
+    from imager.coverage import prove_layouts
     from imager.diskidentity import disk_identity
     from imager.fingerprint import read_fingerprint
     from imager.layout import read_layout
 
     with FileSource(disk, logical_sector=sector_size) as source:
         layout = read_layout(source)
+        if prove:
+            _find_writers([disk], "offline")
+            (layout,) = prove_layouts([(source, layout)])
         identity, hardware = disk_identity(disk), read_fingerprint()
         document: dict[str, Any] = {
             "path": disk,
@@ -63,6 +72,7 @@ def inspect(
         _print_disk(document, layout)
         if source.is_device:
             print_hardware(hardware)
+    return 0 if all_hold([layout]) else 5
 
 
 def capture(
@@ -84,6 +94,10 @@ def capture(
     all_blocks: Annotated[
         bool, typer.Option("--all-blocks", help="Capture free space too.")
     ] = False,
+    prove_map: Annotated[
+        bool,
+        typer.Option("--prove-map", help="Prove what is unused first; at a failure capture all."),
+    ] = False,
     consistency: Annotated[
         str,
         typer.Option(
@@ -103,14 +117,18 @@ def capture(
     from imager.capture import DEFAULT_LEVEL, CaptureJob
     from imager.capture import capture as run
     from imager.cli.bars import open_progress
+    from imager.cli.proving import all_hold, prove_disks
     from imager.fingerprint import read_fingerprint
 
+    _refuse_contradictions(prove_map, all_blocks, consistency)
     paths = _source_paths(sources or [], all_disks)
     with ExitStack() as stack:
         shown = stack.enter_context(open_progress(progress))
         disks = _open_disks(paths, sector_size, stack)
         writers = _find_writers(paths, consistency)
         repository = _open_or_make(repo, init)
+        if prove_map:
+            disks = prove_disks(disks, shown)
         job = CaptureJob(
             disks=tuple(disks),
             name=_image_name(name, disks),
@@ -125,7 +143,16 @@ def capture(
             shown.note(f"warning: {text}")
         manifest = run(job, repository, shown)
     _print_capture(manifest, json)
-    return 5 if manifest.partial else 0
+    return 5 if manifest.partial or not all_hold(disk.layout for disk in disks) else 0
+
+
+def _refuse_contradictions(prove_map: bool, all_blocks: bool, consistency: str) -> None:
+    from imager.errors import UsageError
+
+    if prove_map and all_blocks:
+        raise UsageError("--prove-map and --all-blocks: with all blocks there is nothing to prove")
+    if prove_map and consistency == "none":
+        raise UsageError("--prove-map and --consistency none: what changes cannot be proved")
 
 
 def _source_paths(sources: list[str], all_disks: bool) -> list[str]:
@@ -147,15 +174,16 @@ def _open_disks(paths: list[str], sector_size: int | None, stack: ExitStack) -> 
     from imager.capture import SourceDisk
     from imager.diskidentity import disk_identity
     from imager.errors import SourceError
-    from imager.layout import read_layout
+    from imager.layout import read_layouts
 
-    disks: list[SourceDisk] = []
-    for path in paths:
-        source = stack.enter_context(FileSource(path, logical_sector=sector_size))
+    opened = [stack.enter_context(FileSource(path, logical_sector=sector_size)) for path in paths]
+    for source in opened:
         if source.size == 0:
-            raise SourceError(f"{path} is empty: there is nothing to capture")
+            raise SourceError(f"{source.path} is empty: there is nothing to capture")
+    disks: list[SourceDisk] = []
+    for source, layout in zip(opened, read_layouts(opened), strict=True):
         name = _disk_name(source, {disk.name for disk in disks})
-        disks.append(SourceDisk(name, source, read_layout(source), disk_identity(path)))
+        disks.append(SourceDisk(name, source, layout, disk_identity(source.path)))
     return disks
 
 
@@ -222,9 +250,10 @@ def _open_or_make(flag: str | None, init: bool) -> Repository:
 
 def _warnings(disks: list[SourceDisk], repository: Repository, writers: list[str]) -> list[str]:
     from imager.belonging import missing_members
+    from imager.cli.proving import unproved
     from imager.deviceuse import device_numbers, disk_numbers_below
 
-    texts = missing_members(disks)
+    texts = missing_members(disks) + unproved(disks)
     texts += [f"captured while it changed: {text}" for text in writers]
     below = disk_numbers_below(Path(repository.store.url))
     for disk in disks:
@@ -234,6 +263,7 @@ def _warnings(disks: list[SourceDisk], repository: Repository, writers: list[str
 
 
 def _print_disk(document: dict[str, Any], layout: DiskLayout) -> None:
+    from imager.cli.proving import proof_lines
     from imager.units import show_bytes
 
     identity, table = document["identity"], layout.table
@@ -266,6 +296,8 @@ def _print_disk(document: dict[str, Any], layout: DiskLayout) -> None:
         reasons = [*volume.filesystem.notes, volume.allocation.reason]
         for text in filter(None, reasons):
             print(f"  {volume.number or 'the disk'}: {text}")
+    for text in [*proof_lines(layout, holding=True), *proof_lines(layout, holding=False)]:
+        print(f"  {text}")
     print(f"a capture reads {show_bytes(document['used_bytes'])}")
 
 

@@ -101,7 +101,7 @@ def free_by_kernel(folder: Path) -> Extents:
     """Free ranges (bytes) that the kernel reports for a mounted filesystem (ioctl_getfsmap(2))."""
     most = 100_000
     low = bytes(64)
-    high = struct.pack("=IIQQQQ24x", *([0xFFFFFFFF] * 2), *([0xFFFFFFFFFFFFFFFF] * 4))
+    high = struct.pack("=IIQQQQ24x", *([0xFFFFFFFF] * 2), *([0xFFFFFFFFFFFFFFFF] * 3), 0)
     request = bytearray(struct.pack("=IIII48x", 0, 0, most, 0) + low + high + bytes(64 * most))
     with opened(folder) as fd:
         fcntl.ioctl(fd, _GETFSMAP, request)

@@ -43,6 +43,7 @@ HOMES = {
     "typer": ("imager.cli", "imager.__main__"),
     "click": ("imager.cli", "imager.__main__"),
     "tqdm": ("imager.cli.bars",),
+    "mfusepy": ("imager.coverage.view",),
     "pycdlib": ("bootmedia.iso", "imager.store.iso"),
     "numpy": (),
 }
