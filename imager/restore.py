@@ -21,7 +21,7 @@ from imager.growfs import grow_filesystem
 from imager.manifest import Disk, Manifest
 from imager.marker import MARKER_SIZE, Marker
 from imager.pack import Decoder, Pack
-from imager.pipeline import Buffer, BufferPool, run_pipeline, span_size, worker_count
+from imager.pipeline import Buffer, BufferPool, PerThread, run_pipeline, span_size, worker_count
 from imager.plan import RestorePlan, block_runs
 from imager.progress import Progress
 from imager.repository import Repository
@@ -171,7 +171,7 @@ class _Restorer:
         self._depth = self._workers + _READ_AHEAD
         self._span_size = span_size(self._depth, disk.block_size)
         self._compares = plan.options.delta or plan.resumes
-        self._decoders = threading.local()
+        self._decoders = PerThread(Decoder)
         self._marker_lock = threading.Lock()
         self._marked = plan.resumes
 
@@ -355,15 +355,9 @@ class _Restorer:
         try:
             if entry.digest != piece.digest:
                 raise IntegrityError("the record there is another block")
-            self._decoder().decode_into(entry, frame, view, check_crc=False)
+            self._decoders.get().decode_into(entry, frame, view, check_crc=False)
         except IntegrityError as error:
             raise self._fault(piece, pack, error.message) from None
-
-    def _decoder(self) -> Decoder:
-        decoder: Decoder | None = getattr(self._decoders, "decoder", None)
-        if decoder is None:
-            decoder = self._decoders.decoder = Decoder()
-        return decoder
 
     def _fault(self, piece: _Piece, pack: Pack, reason: str) -> IntegrityError:
         offset = piece.block * self._disk.block_size
