@@ -63,7 +63,7 @@ def _keep_freed_memory() -> None:
     mallopt = getattr(_libc, "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 16 << 20)
 
 
 class _Pipeline(Generic[Job, Result]):
