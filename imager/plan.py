@@ -58,6 +58,8 @@ class RestorePlan:
     overwrites: tuple[str, ...]
     steps: tuple[str, ...]
     warnings: tuple[str, ...]
+    missing: tuple[str, ...]
+    """What the image does not have, because it could not be read."""
     refusals: tuple[str, ...]
     resumes: bool
     stale_gpt: Extent | None
@@ -146,6 +148,7 @@ class _Planner:
             overwrites=tuple(self._overwrites),
             steps=tuple(self._steps),
             warnings=tuple(self._warnings),
+            missing=tuple(self._missing(source)),
             refusals=tuple(self._refusals),
             resumes=resumes,
             stale_gpt=stale_gpt,
@@ -344,14 +347,15 @@ class _Planner:
         elif options.grow:
             part = disk.partition(options.partition) or {}
             self._describe_growth(options.partition, part)
-        if self._manifest.partial:
-            for extent in disk.unreadable.within(*source):
-                self._warnings.append(
-                    f"{extent.length} bytes at byte {extent.offset}, {disk.where(extent.offset)}, "
-                    "could not be read when the image was made"
-                )
         if options.delta and not exists:
             self._refusals.append(f"{self._path} does not exist: there is nothing to compare with")
+
+    def _missing(self, source: Extent) -> Iterator[str]:
+        for extent in self._disk.unreadable.within(*source):
+            yield (
+                f"{extent.length} bytes at byte {extent.offset}, "
+                f"{self._disk.where(extent.offset)}, could not be read when the image was made"
+            )
 
     def _describe_table(self, size: int) -> None:
         options, table = self._options, self._table

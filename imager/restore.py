@@ -54,7 +54,7 @@ def restore(
     """
     if plan.refusals:
         raise RefusedError(list(plan.refusals))
-    result = RestoreResult(missing=list(plan.warnings) if manifest.partial else [])
+    result = RestoreResult(missing=list(plan.missing))
     create_size = None if plan.target_exists else plan.source.length
     with Target(plan.target, create_size=create_size) as target:
         restorer = _Restorer(repository, manifest, disk, plan, target, result, progress)
