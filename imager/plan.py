@@ -15,6 +15,7 @@ from imager.deviceuse import SYS_ROOT, device_numbers, disk_numbers_below, uses_
 from imager.diskidentity import DiskIdentity, disk_identity
 from imager.errors import ImagerError, SourceError, UsageError
 from imager.extents import Extent
+from imager.fingerprint import Fingerprint, read_fingerprint
 from imager.growfs import can_grow, tools_to_grow
 from imager.manifest import Disk, Manifest
 from imager.marker import MARKER_SIZE, Marker
@@ -128,6 +129,7 @@ class _Planner:
                     offset, size = self._target_range(target, source)
                     resumes = self._look_at(PartSource(target, offset, size), source)
                     self._check_sectors(target)
+                    self._compare_machines(target)
                     stale_gpt = self._find_stale_gpt(target)
             except SourceError as error:
                 self._refusals.append(error.message)
@@ -241,6 +243,20 @@ class _Planner:
                 f"{self._path} has sectors of {target.logical_sector} bytes, the imaged disk had "
                 f"{self._disk.logical_sector}: its partition table would not be understood"
             )
+
+    def _compare_machines(self, target: FileSource) -> None:
+        """A disk of this machine should boot in it; files go anywhere."""
+        if not target.is_device:
+            return
+        hardware = self._manifest.document.get("hardware")
+        imaged, here = Fingerprint.from_json(hardware or {}), read_fingerprint()
+        for what in ("architecture", "firmware"):
+            was, has = getattr(imaged, what), getattr(here, what)
+            if was and has and was != has:
+                self._warnings.append(
+                    f"the imaged machine's {what} was {was}, this one's is {has}: "
+                    "the disk may not boot here"
+                )
 
     def _look_at(self, target: BlockSource, source: Extent) -> bool:
         """Describe what will be overwritten; whether it is our own unfinished restore."""
