@@ -18,6 +18,7 @@ from imager.errors import ImagerError, IntegrityError, RefusedError
 from imager.extents import Extent
 from imager.format import State, digest_of
 from imager.growfs import grow_filesystem
+from imager.loopdevice import is_without_partitions
 from imager.manifest import Disk, Manifest
 from imager.marker import MARKER_SIZE, Marker
 from imager.pack import Decoder, Pack
@@ -76,7 +77,7 @@ def _finish_table(disk: Disk, plan: RestorePlan, result: RestoreResult) -> None:
             result.new_ids = renew_ids(plan.target, sector_size=sector)
         if plan.options.grow and plan.target_size > disk.size:
             _grow_disk(disk, plan, result, has_table=bool(table.partitions))
-        if plan.target_exists:
+        if plan.target_exists and not is_without_partitions(plan.target):
             with suppress(ImagerError):  # the restore is complete; a reboot reads the table as well
                 tell_kernel(plan.target)
     elif plan.options.grow and plan.target_size > plan.source.length:
