@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ from imager.layout import DiskLayout
 from imager.lineage import Lineage
 from imager.manifest import Manifest, new_document
 from imager.pack import Encoder, Packer, Record
-from imager.pipeline import BufferPool, run_pipeline, span_size, worker_count
+from imager.pipeline import BufferPool, PerThread, run_pipeline, span_size, worker_count
 from imager.progress import Progress
 from imager.reading import EmptyRun, ReadPlan, Span
 from imager.repository import Repository, StoredBlocks, new_image_id, utc_now
@@ -230,7 +229,7 @@ class _DiskWriter:
         self._plan = ReadPlan(self._source, used, block_size, span_size=self._span_size)
         self._map = BlockMapWriter(-(-self._source.size // block_size), self._store_page)
         self._page_encoder = Encoder(_PAGE_LEVEL, MAX_PAGE_LENGTH)
-        self._encoders = threading.local()
+        self._encoders = PerThread(lambda: Encoder(job.level, block_size))
         self._unreadable: list[Extent] = []
         self.packs: set[bytes] = set()
 
@@ -299,14 +298,8 @@ class _DiskWriter:
             place = self._lineage.get((span.offset + start) // self._block_size, digest)
         if place is not None:
             return _Block(state, len(content), digest, place)
-        record = self._encoder().encode(RecordKind.BLOCK, digest, content)
+        record = self._encoders.get().encode(RecordKind.BLOCK, digest, content)
         return _Block(state, len(content), digest, None, record)
-
-    def _encoder(self) -> Encoder:
-        encoder: Encoder | None = getattr(self._encoders, "encoder", None)
-        if encoder is None:
-            encoder = self._encoders.encoder = Encoder(self._job.level, self._block_size)
-        return encoder
 
     # --- in the calling thread, in the order of the disk ---
 

@@ -5,8 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from imager.process import run
+from imager.sysfs import read_number
+
+
+def is_without_partitions(path: str) -> bool:
+    """Whether this is a loop device that was set up without partitions, and has none.
+
+    Partitions that such a device is given outlive it, and show on the next file behind it.
+    """
+    folder = Path("/sys/class/block") / Path(path).resolve().name
+    return read_number(folder / "loop/partscan") == 0 and not any(folder.glob("*/partition"))
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from array import array
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -171,14 +171,19 @@ class Pack:
 class PackWriter:
     """One pack under construction."""
 
-    def __init__(self, store: WriteStore, kind: PackKind, number: int, stack: ExitStack) -> None:
+    def __init__(self, store: WriteStore, kind: PackKind, number: int) -> None:
         self.id = secrets.token_bytes(PACK_ID_SIZE)
         self.length = 0
         self._is_whole = True  # false while a record is being written
         self._entries: list[Entry] = []
         self._header = PackHeader(kind, self.id, number).encode()
-        self._writer = stack.enter_context(store.writer(pack_name(self.id)))
+        self._stack = ExitStack()
+        self._writer = self._stack.enter_context(store.writer(pack_name(self.id)))
         self._write(self._header)
+
+    def close(self) -> None:
+        """Free its memory; what was not finished is discarded."""
+        self._stack.close()
 
     def append(self, record: Record) -> Place:
         ordinal = len(self._entries)
@@ -220,7 +225,6 @@ class Packer:
         self._store = store
         self._kind = kind
         self._target_size = target_size
-        self._stack = ExitStack()
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="finisher")
         self._finishing: Future[None] | None = None
         self._current: PackWriter | None = None
@@ -233,7 +237,7 @@ class Packer:
 
     def append(self, record: Record) -> Place:
         if self._current is None:
-            self._current = PackWriter(self._store, self._kind, self._number, self._stack)
+            self._current = PackWriter(self._store, self._kind, self._number)
             self._number += 1
             self.pack_ids.add(self._current.id)
         place = self._current.append(record)
@@ -260,7 +264,8 @@ class Packer:
                 self.finish()
         finally:
             self._finisher.shutdown()
-            self._stack.close()
+            if self._current is not None:
+                self._current.close()
 
     def _finish_current(self) -> None:
         self._await_finishing()
@@ -269,7 +274,8 @@ class Packer:
             self._finishing = self._finisher.submit(self._finish, current)
 
     def _finish(self, pack: PackWriter) -> None:
-        pack.finish()
+        with closing(pack):
+            pack.finish()
         self.bytes_written += pack.length
 
     def _await_finishing(self) -> None:

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 # Buffers of one pipeline; as much again may be in compressed results.
@@ -29,6 +28,7 @@ _LARGEST_SPAN = 4 << 20
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+Thing = TypeVar("Thing")
 
 
 def worker_count() -> int:
@@ -63,7 +63,7 @@ def _keep_freed_memory() -> None:
     mallopt = getattr(_libc, "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 16 << 20)
 
 
 class _Pipeline(Generic[Job, Result]):
@@ -197,6 +197,21 @@ class _Outcome(Generic[Result]):
         return self._results[0]
 
 
+class PerThread(Generic[Thing]):
+    """One object a thread, made when the thread first asks: for what threads can't share."""
+
+    def __init__(self, make: Callable[[], Thing]) -> None:
+        self._make = make
+        self._things = threading.local()
+
+    def get(self) -> Thing:
+        try:
+            thing: Thing = self._things.thing
+        except AttributeError:
+            thing = self._things.thing = self._make()
+        return thing
+
+
 class Buffer:
     """A reusable, page-aligned buffer, fit for O_DIRECT."""
 
@@ -234,12 +249,7 @@ class BufferPool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._free.clear()
 
     def take(self) -> Buffer:

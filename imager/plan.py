@@ -15,6 +15,7 @@ from imager.deviceuse import SYS_ROOT, device_numbers, disk_numbers_below, uses_
 from imager.diskidentity import DiskIdentity, disk_identity
 from imager.errors import ImagerError, SourceError, UsageError
 from imager.extents import Extent
+from imager.fingerprint import Fingerprint, read_fingerprint
 from imager.growfs import can_grow, tools_to_grow
 from imager.manifest import Disk, Manifest
 from imager.marker import MARKER_SIZE, Marker
@@ -58,6 +59,8 @@ class RestorePlan:
     overwrites: tuple[str, ...]
     steps: tuple[str, ...]
     warnings: tuple[str, ...]
+    missing: tuple[str, ...]
+    """What the image does not have, because it could not be read."""
     refusals: tuple[str, ...]
     resumes: bool
     stale_gpt: Extent | None
@@ -126,6 +129,7 @@ class _Planner:
                     offset, size = self._target_range(target, source)
                     resumes = self._look_at(PartSource(target, offset, size), source)
                     self._check_sectors(target)
+                    self._compare_machines(target)
                     stale_gpt = self._find_stale_gpt(target)
             except SourceError as error:
                 self._refusals.append(error.message)
@@ -146,6 +150,7 @@ class _Planner:
             overwrites=tuple(self._overwrites),
             steps=tuple(self._steps),
             warnings=tuple(self._warnings),
+            missing=tuple(self._missing(source)),
             refusals=tuple(self._refusals),
             resumes=resumes,
             stale_gpt=stale_gpt,
@@ -238,6 +243,20 @@ class _Planner:
                 f"{self._path} has sectors of {target.logical_sector} bytes, the imaged disk had "
                 f"{self._disk.logical_sector}: its partition table would not be understood"
             )
+
+    def _compare_machines(self, target: FileSource) -> None:
+        """A disk of this machine should boot in it; files go anywhere."""
+        if not target.is_device:
+            return
+        hardware = self._manifest.document.get("hardware")
+        imaged, here = Fingerprint.from_json(hardware or {}), read_fingerprint()
+        for what in ("architecture", "firmware"):
+            was, has = getattr(imaged, what), getattr(here, what)
+            if was and has and was != has:
+                self._warnings.append(
+                    f"the imaged machine's {what} was {was}, this one's is {has}: "
+                    "the disk may not boot here"
+                )
 
     def _look_at(self, target: BlockSource, source: Extent) -> bool:
         """Describe what will be overwritten; whether it is our own unfinished restore."""
@@ -344,14 +363,15 @@ class _Planner:
         elif options.grow:
             part = disk.partition(options.partition) or {}
             self._describe_growth(options.partition, part)
-        if self._manifest.partial:
-            for extent in disk.unreadable.within(*source):
-                self._warnings.append(
-                    f"{extent.length} bytes at byte {extent.offset}, {disk.where(extent.offset)}, "
-                    "could not be read when the image was made"
-                )
         if options.delta and not exists:
             self._refusals.append(f"{self._path} does not exist: there is nothing to compare with")
+
+    def _missing(self, source: Extent) -> Iterator[str]:
+        for extent in self._disk.unreadable.within(*source):
+            yield (
+                f"{extent.length} bytes at byte {extent.offset}, "
+                f"{self._disk.where(extent.offset)}, could not be read when the image was made"
+            )
 
     def _describe_table(self, size: int) -> None:
         options, table = self._options, self._table

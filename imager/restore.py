@@ -18,10 +18,11 @@ from imager.errors import ImagerError, IntegrityError, RefusedError
 from imager.extents import Extent
 from imager.format import State, digest_of
 from imager.growfs import grow_filesystem
+from imager.loopdevice import is_without_partitions
 from imager.manifest import Disk, Manifest
 from imager.marker import MARKER_SIZE, Marker
 from imager.pack import Decoder, Pack
-from imager.pipeline import Buffer, BufferPool, run_pipeline, span_size, worker_count
+from imager.pipeline import Buffer, BufferPool, PerThread, run_pipeline, span_size, worker_count
 from imager.plan import RestorePlan, block_runs
 from imager.progress import Progress
 from imager.repository import Repository
@@ -54,7 +55,7 @@ def restore(
     """
     if plan.refusals:
         raise RefusedError(list(plan.refusals))
-    result = RestoreResult(missing=list(plan.warnings) if manifest.partial else [])
+    result = RestoreResult(missing=list(plan.missing))
     create_size = None if plan.target_exists else plan.source.length
     with Target(plan.target, create_size=create_size) as target:
         restorer = _Restorer(repository, manifest, disk, plan, target, result, progress)
@@ -76,7 +77,7 @@ def _finish_table(disk: Disk, plan: RestorePlan, result: RestoreResult) -> None:
             result.new_ids = renew_ids(plan.target, sector_size=sector)
         if plan.options.grow and plan.target_size > disk.size:
             _grow_disk(disk, plan, result, has_table=bool(table.partitions))
-        if plan.target_exists:
+        if plan.target_exists and not is_without_partitions(plan.target):
             with suppress(ImagerError):  # the restore is complete; a reboot reads the table as well
                 tell_kernel(plan.target)
     elif plan.options.grow and plan.target_size > plan.source.length:
@@ -171,7 +172,7 @@ class _Restorer:
         self._depth = self._workers + _READ_AHEAD
         self._span_size = span_size(self._depth, disk.block_size)
         self._compares = plan.options.delta or plan.resumes
-        self._decoders = threading.local()
+        self._decoders = PerThread(Decoder)
         self._marker_lock = threading.Lock()
         self._marked = plan.resumes
 
@@ -355,15 +356,9 @@ class _Restorer:
         try:
             if entry.digest != piece.digest:
                 raise IntegrityError("the record there is another block")
-            self._decoder().decode_into(entry, frame, view, check_crc=False)
+            self._decoders.get().decode_into(entry, frame, view, check_crc=False)
         except IntegrityError as error:
             raise self._fault(piece, pack, error.message) from None
-
-    def _decoder(self) -> Decoder:
-        decoder: Decoder | None = getattr(self._decoders, "decoder", None)
-        if decoder is None:
-            decoder = self._decoders.decoder = Decoder()
-        return decoder
 
     def _fault(self, piece: _Piece, pack: Pack, reason: str) -> IntegrityError:
         offset = piece.block * self._disk.block_size

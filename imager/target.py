@@ -14,7 +14,6 @@ import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from imager.blocksource import FileSource, aligned_buffer
@@ -60,12 +59,7 @@ class Target:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._fd)
         if self._direct_fd is not None:
             os.close(self._direct_fd)

@@ -6,7 +6,6 @@ faults are found and named: image, disk, offset, partition and pack.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from imager.extents import Extent
 from imager.format import Place, RecordKind, unseal
 from imager.manifest import Disk, Manifest
 from imager.pack import Decoder, Pack, pack_name
-from imager.pipeline import Buffer, BufferPool, run_pipeline, span_size, worker_count
+from imager.pipeline import Buffer, BufferPool, PerThread, run_pipeline, span_size, worker_count
 from imager.progress import Progress
 from imager.repository import Repository
 
@@ -95,7 +94,7 @@ class _Verifier:
         self._result = VerifyResult()
         self._broken: dict[Place, str] = {}
         self._broken_packs: dict[bytes, str] = {}
-        self._decoders = threading.local()
+        self._decoders = PerThread(Decoder)
         self._workers = worker_count()
         self._depth = self._workers + _READ_AHEAD
         self._group_size = span_size(self._depth, repository.block_size)
@@ -245,16 +244,10 @@ class _Verifier:
         view = group.buffer.view[: entry.content_length]
         frame = pack.frame(content, group.first, ordinal)
         try:
-            self._decoder().decode_into(entry, frame, view, check_crc=True)
+            self._decoders.get().decode_into(entry, frame, view, check_crc=True)
         except IntegrityError as error:
             return error.message
         return None
-
-    def _decoder(self) -> Decoder:
-        decoder: Decoder | None = getattr(self._decoders, "decoder", None)
-        if decoder is None:
-            decoder = self._decoders.decoder = Decoder()
-        return decoder
 
     def _account(self, checked: _Checked) -> None:
         for place, reason in checked.faults:

@@ -6,7 +6,6 @@ import json
 import sys
 from contextlib import AbstractContextManager
 from time import monotonic
-from types import TracebackType
 from typing import Any, Self
 
 from imager.errors import UsageError
@@ -42,12 +41,7 @@ class BarProgress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
 
     def start(self, label: str, total: int) -> None:
@@ -88,12 +82,7 @@ class JsonProgress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._label:
             self._show()
 

@@ -173,7 +173,7 @@ def _print_plan(plan: RestorePlan) -> None:
     for text in plan.steps:
         print(f"  - {text}")
     print(f"  {show_bytes(plan.data_bytes)} of data from {count_of(plan.packs, 'pack')}")
-    for text in plan.warnings:
+    for text in (*plan.warnings, *plan.missing):
         print(f"  warning: {text}")
     for text in plan.refusals:
         print(f"  REFUSED: {text}")

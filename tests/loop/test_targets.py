@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 
 from imager.blocksource import FileSource
+from imager.fingerprint import read_fingerprint
 from imager.loopdevice import loop_device
 from imager.partitions import PartitionTable, read_partition_table
+from imager.plan import RestoreOptions, plan_restore
 from imager.process import run
+from imager.repository import Repository
 from tests.support.commandline import imager
 from tests.support.disks import (
     KIB,
@@ -479,3 +482,18 @@ def test_nothing_is_written_without_a_yes(
     imager("restore", "sda@latest", new, "--repo", repo, code=4)
     imager("plan", "sda@latest", new, "--repo", repo)
     assert not new.exists()
+
+
+def test_another_machine_is_said(repo: Path, tmp_path: Path) -> None:
+    """An image of a UEFI machine on a disk of a BIOS one, and the other way round."""
+    source = make_gpt(tmp_path / "sda.img", SIZE)
+    imager("capture", source, "--repo", repo)
+    repository = Repository.open(str(repo))
+    manifest = repository.find("sda@latest")
+    here = read_fingerprint()
+    other = {"firmware": "bios" if here.firmware == "uefi" else "uefi", "architecture": "m68k"}
+    manifest.document["hardware"].update(other)
+    with loop_disk(make_file(tmp_path / "b.img", SIZE)) as device:
+        plan = plan_restore(repository, manifest, manifest.disks[0], device, RestoreOptions())
+    assert not plan.refusals
+    assert ["architecture" in plan.warnings[0], "firmware" in plan.warnings[1]] == [True, True]

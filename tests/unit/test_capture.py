@@ -9,12 +9,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, tzinfo
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from imager.blockindex import BlockIndex
 from imager.capture import CaptureJob, capture
 from imager.errors import ImagerError, SourceError, UsageError
 from imager.extents import Extent, Extents
@@ -288,3 +290,20 @@ def test_unreadable_extents_are_offsets_of_the_disk(repo: Path) -> None:
         Extent(9000 * 512, 512),
         Extent(12287 * 512, 512),
     ]
+
+
+def test_unchanged_blocks_are_found_when_the_index_is_full(
+    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the bounded index has no room for is found by its place in the previous image."""
+    monkeypatch.setattr("imager.repository.BlockIndex", partial(BlockIndex, max_slots=16))
+    content = bytearray(random.Random(5).randbytes(64 * 64 * KIB))
+    repository = Repository.open(str(repo))
+    first = take(repository, memory_disk(MemorySource(bytes(content))))
+    assert first.statistics["new_blocks"] == 64
+    content[7 * 64 * KIB] ^= 1
+    second = take(repository, memory_disk(MemorySource(bytes(content))))
+    assert second.statistics["new_blocks"] == 1
+    assert second.statistics["known_blocks"] == 63
+    put(repository, second, tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == content

@@ -7,7 +7,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -149,8 +149,7 @@ def test_a_failing_store_ends_the_capture_and_leaves_no_thread(tmp_path: Path) -
 
 
 def test_a_pack_that_ends_within_a_record_is_never_finished(store: LocalStore) -> None:
-    with ExitStack() as stack:
-        writer = PackWriter(store, PackKind.DATA, 0, stack)
+    with closing(PackWriter(store, PackKind.DATA, 0)) as writer:
         with pytest.raises(TypeError):
             writer.append(Record(record(b"a").entry, None))  # type: ignore[arg-type]
         with pytest.raises(ImagerError, match="within a record"):
@@ -517,7 +516,7 @@ def write_pack(folder: Path, pack_id: bytes, records: list[tuple[RecordKind, byt
     encoder = Encoder(1, BLOCK)
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         patch.setattr(secrets, "token_bytes", lambda _: pack_id)
-        writer = PackWriter(LocalStore(folder), PackKind.MAP, 0, stack)
+        writer = stack.enter_context(closing(PackWriter(LocalStore(folder), PackKind.MAP, 0)))
         for kind, content in records:
             writer.append(encoder.encode(kind, digest_of(content), content))
         writer.finish()
@@ -580,3 +579,17 @@ def test_a_hostile_repository_is_an_error_at_most(
         if content is not None:
             assert not damaged
             assert not any(content)  # no block has the digest that the pages name
+
+
+def test_finished_packs_free_their_memory(tmp_path: Path) -> None:
+    """Each pack under construction has buffers; a capture of a large disk makes thousands."""
+    content = b"\xff" * 100_000
+    digest = digest_of(content)
+    record = Encoder(1, len(content)).encode(RecordKind.BLOCK, digest, content)
+    with Packer(LocalStore(tmp_path), PackKind.DATA, target_size=1) as packer:
+        for _ in range(20):
+            packer.append(record)
+        assert len(packer.pack_ids) == 20
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        chunks = [line for line in maps if "/dev/zero" in line]
+        assert len(chunks) < 10, "chunks of packs that are finished are still mapped"
