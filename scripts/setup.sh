@@ -14,7 +14,7 @@ runtime="$build e2fsprogs fdisk mount util-linux"
 demo="$runtime dosfstools mtools grub-common grub-pc-bin grub-efi-amd64-bin mmdebstrap
       qemu-system-x86 qemu-utils ovmf zstd"
 test="$demo gdisk xfsprogs btrfs-progs ntfs-3g exfatprogs f2fs-tools cryptsetup-bin lvm2 mdadm dmsetup
-      thin-provisioning-tools
+      thin-provisioning-tools exfat-fuse
       fuse3 attr acl"
 bench="$demo partclone borgbackup time"
 
