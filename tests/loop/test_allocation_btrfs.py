@@ -556,9 +556,9 @@ def test_log_tree_over_two_devices(memory_path: Path, options: str) -> None:
 
 
 def _copies_with_log_tree(folder: Path, paths: Sequence[Path]) -> list[Path]:
-    """The disks of a mounted filesystem right after an fsync. The kernel may commit at any time;
-    then the copies are worth nothing."""
-    for attempt in range(20):
+    """The disks of a mounted filesystem right after an fsync. The kernel may commit at any time,
+    and does whenever a test beside this one calls sync(2); then the copies are worth nothing."""
+    for attempt in range(300):
         os.sync()
         _write(folder / "news", random.Random(attempt))
         _sync(folder / "news")
