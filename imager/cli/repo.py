@@ -40,19 +40,20 @@ def stats(repo: RepoOption = None, json: JsonOption = False) -> None:
     from imager.units import count_of, show_bytes
 
     repository = open_repository(repo)
+    images = len(repository.image_ids())
     sizes = [repository.store.size(name) for name in repository.store.names("packs")]
     document = {
         "repository": repository.store.url,
         "id": repository.id,
         "block_size": repository.block_size,
-        "images": len(repository.image_ids()),
+        "images": images,
         "packs": len(sizes),
         "stored_bytes": sum(sizes),
     }
     if json:
         print_json(document)
         return
-    print(f"{repository.store.url}: {count_of(len(repository.image_ids()), 'image')}")
+    print(f"{repository.store.url}: {count_of(images, 'image')}")
     print(
         f"{count_of(len(sizes), 'pack')}, {show_bytes(sum(sizes))}; "
         f"blocks of {show_bytes(repository.block_size)}"

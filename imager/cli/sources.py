@@ -44,7 +44,6 @@ def inspect(
     from imager.blocksource import FileSource
     from imager.cli.hardware import print_hardware
     from imager.cli.proving import all_hold
-    from imager.coverage import prove_layouts
     from imager.diskidentity import disk_identity
     from imager.fingerprint import read_fingerprint
     from imager.layout import read_layout
@@ -52,6 +51,8 @@ def inspect(
     with FileSource(disk, logical_sector=sector_size) as source:
         layout = read_layout(source)
         if prove:
+            from imager.coverage import prove_layouts
+
             _find_writers([disk], "offline")
             (layout,) = prove_layouts([(source, layout)])
         identity, hardware = disk_identity(disk), read_fingerprint()
