@@ -106,15 +106,6 @@ def read_partition_table(source: BlockSource) -> PartitionTable:
     return table
 
 
-def unpartitioned(table: PartitionTable, disk_size: int) -> Extents:
-    """What lies outside of all partitions, in bytes: tables, boot loaders, gaps.
-
-    An extended partition is only the room for logical ones: its gaps belong here as well.
-    """
-    parts = [(p.offset, p.size) for p in table.partitions if p.kind != "extended"]
-    return Extents(parts).complement(disk_size)
-
-
 def smallest_disk(table: PartitionTable, disk_size: int) -> int:
     """Least size in bytes of a disk that takes all partitions and the backup GPT.
 

@@ -161,7 +161,8 @@ def _doubts(trial: _Trial, evidence: _Evidence) -> list[str]:
     if not evidence.checks[-1].opinion.clean:
         doubts.append(f"{trial.checker.line} finds faults, with the unused bytes too")
     if evidence.sweep.reading is None:
-        doubts.append(f"the files cannot be read: {evidence.sweep.reason}")
+        passed = "" if doubts else f"{trial.checker.line} finds no fault, but "
+        doubts.append(f"{passed}the files cannot be read: {evidence.sweep.reason}")
     elif complaints := evidence.sweep.reading.complaints:
         count, first = len(complaints), min(complaints)
         doubts.append(f"{count} files are unreadable, with the unused bytes too: {first}")
@@ -233,7 +234,7 @@ def _sweep(trial: _Trial, whole: bool) -> _Sweep:
 def _gist(error: ToolError) -> str:
     """What a program said last of the path that it was given: the path is gone by now."""
     command, *said = error.message.splitlines()
-    return (said or [command])[0].split(": ")[-1].strip()
+    return (said or [command])[0].split(": ")[-1].strip().rstrip(".")
 
 
 def _mounted(trial: _Trial, view: View) -> AbstractContextManager[Path]:

@@ -137,6 +137,14 @@ def manifest(folder: Path) -> dict[str, object]:
     return {str(path.relative_to(folder)): _entry(path) for path in sorted(folder.rglob("*"))}
 
 
+def differences(one: dict[str, object], other: dict[str, object]) -> dict[str, object]:
+    """What two manifests say differently: short enough for a failed test to show."""
+    names = sorted(one.keys() | other.keys())
+    return {
+        name: (one.get(name), other.get(name)) for name in names if one.get(name) != other.get(name)
+    }
+
+
 def _entry(path: Path) -> tuple[object, ...]:
     info = path.lstat()
     content: object = None
@@ -192,3 +200,29 @@ def _fill_special(folder: Path, chance: random.Random) -> None:
         with contextlib.suppress(OSError):  # not on block-mapped files
             os.posix_fallocate(file.fileno(), 0, 200_000)
     os.link(folder / "tiny", folder / "tiny-hardlink")
+
+
+@contextlib.contextmanager
+def damaged(image: Path, places: list[tuple[int, int]], chance: random.Random) -> Iterator[None]:
+    """A few bytes changed in one of the places, and put back at the end."""
+    offset, length = chance.choice(places)
+    with image.open("r+b", buffering=0) as file:
+        file.seek(offset)
+        original = file.read(length)
+        damaged = bytearray(original)
+        for _ in range(chance.choice((1, 1, 2, 16, 200))):
+            byte = chance.choice((0, 1, 0x7F, 0xFF, chance.randrange(256)))
+            damaged[chance.randrange(len(damaged))] = byte
+        file.seek(offset)
+        file.write(damaged)
+        try:
+            yield
+        finally:
+            file.seek(offset)
+            file.write(original)
+
+
+def patch(image: Path, offset: int, data: bytes) -> None:
+    with image.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)

@@ -19,7 +19,7 @@ from imager.allocation.exfat.layout import Geometry, boot_checksum
 from imager.blocksource import FileSource, PartSource
 from imager.process import find_tool, run
 from tests.loop import allocation_lab
-from tests.loop.allocation_lab import MIB, make_image, poison, read_map
+from tests.loop.allocation_lab import MIB, make_image, patch, poison, read_map
 from tests.support.sources import MemorySource
 
 pytestmark = [
@@ -113,17 +113,11 @@ def _geometry(image: Path) -> Geometry:
     return geometry
 
 
-def _patch(image: Path, offset: int, data: bytes) -> None:
-    with image.open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
-
-
 def _sum_up(image: Path) -> None:
     """A new checksum for a changed boot sector."""
     sector = _geometry(image).sector_size
     region = image.read_bytes()[: 11 * sector]
-    _patch(image, 11 * sector, struct.pack("<I", boot_checksum(region)) * (sector // 4))
+    patch(image, 11 * sector, struct.pack("<I", boot_checksum(region)) * (sector // 4))
 
 
 @needs_driver
@@ -152,18 +146,18 @@ def test_dirty(memory_path: Path) -> None:
     with _mounted(image) as folder:
         _fill(folder, 5, image.stat().st_size)
     clean, before = read_map(image), _files(image)
-    _patch(image, 106, b"\2\0")
+    patch(image, 106, b"\2\0")
     found = read_map(image)
     assert (found.certainty, found.reason) == ("union", "exfat: it was not unmounted")
     assert found.used == clean.used
     geometry = _geometry(image)
     bitmap = geometry.cluster_offset(2)
-    _patch(image, bitmap + 8, bytes((geometry.clusters + 7) // 8 - 8))  # metadata lies before
+    patch(image, bitmap + 8, bytes((geometry.clusters + 7) // 8 - 8))  # metadata lies before
     found = read_map(image)
     assert found.used == clean.used
     poison(image, found.used)
     assert _files(image) == before
-    _patch(image, 106, b"\0\0")
+    patch(image, 106, b"\0\0")
     assert clean.used.subtract(read_map(image).used)
 
 
@@ -207,10 +201,10 @@ def test_partition_bigger_and_smaller_than_its_filesystem(memory_path: Path) -> 
 )
 def test_every_doubt_is_all_of_it(memory_path: Path, offset: int, data: bytes, said: str) -> None:
     image = _make(memory_path / "image")
-    _patch(image, offset, data)
+    patch(image, offset, data)
     if said == "not one bitmap":  # the root directory made the bitmap's neighbour
-        _patch(image, _geometry(image).fat_offset + 12, b"\xff" * 4)
-        _patch(image, _geometry(image).cluster_offset(3), bytes(512))
+        patch(image, _geometry(image).fat_offset + 12, b"\xff" * 4)
+        patch(image, _geometry(image).cluster_offset(3), bytes(512))
     _sum_up(image)
     found = read_map(image)
     assert found.certainty == "all"
@@ -233,10 +227,10 @@ def testboot_checksum_and_metadata(memory_path: Path) -> None:
         with image.open("rb") as file:
             file.seek(offset)
             saved = file.read(len(data))
-        _patch(image, offset, data)
+        patch(image, offset, data)
         found = read_map(image)
         assert found.certainty == "all" and said in (found.reason or ""), found
-        _patch(image, offset, saved)
+        patch(image, offset, saved)
     assert read_map(image).certainty == "exact"
 
 
@@ -246,7 +240,7 @@ def test_random_damage_is_never_a_traceback(memory_path: Path) -> None:
     with _mounted(image) as folder:
         _fill(folder, 1, 2 * MIB)
     clean, geometry = read_map(image), _geometry(image)
-    _patch(image, 106, b"\2")
+    patch(image, 106, b"\2")
     content, root = image.read_bytes(), geometry.cluster_offset(geometry.root_cluster)
     places = [0, geometry.fat_offset, root, root + 512, geometry.heap_offset + 40_000]
     chance = random.Random(1)

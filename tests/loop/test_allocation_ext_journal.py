@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from tests.loop.allocation_lab import (
     SHUTDOWN_LOGFLUSH,
     SHUTDOWN_NOLOGFLUSH,
     crash,
+    damaged,
     fill,
     make_image,
     manifest,
@@ -190,7 +190,7 @@ def test_random_damage_is_never_a_traceback(memory_path: Path) -> None:
         places = _interesting_places(image)
         chance = random.Random(seed)
         for _ in range(DAMAGES // len(seeds)):
-            with _damaged(image, places, chance):
+            with damaged(image, places, chance):
                 certainty = _map_strictly(image)
             certainties[certainty] = certainties.get(certainty, 0) + 1
     print(certainties)
@@ -216,26 +216,6 @@ def _interesting_places(image: Path) -> list[tuple[int, int]]:
     ]
 
 
-@contextlib.contextmanager
-def _damaged(image: Path, places: list[tuple[int, int]], chance: random.Random) -> Iterator[None]:
-    """A few bytes changed in one of the places, and put back at the end."""
-    offset, length = chance.choice(places)
-    with image.open("r+b", buffering=0) as file:
-        file.seek(offset)
-        original = file.read(length)
-        damaged = bytearray(original)
-        for _ in range(chance.choice((1, 1, 2, 16, 200))):
-            byte = chance.choice((0, 1, 0x7F, 0xFF, chance.randrange(256)))
-            damaged[chance.randrange(length)] = byte
-        file.seek(offset)
-        file.write(damaged)
-        try:
-            yield
-        finally:
-            file.seek(offset)
-            file.write(original)
-
-
 def _map_strictly(image: Path) -> str:
     """The outer map never raises; the inner one only errors of ours."""
     found = read_map(image)
@@ -259,7 +239,7 @@ def test_damage_never_frees_a_used_byte(memory_path: Path, line: str) -> None:
     chance = random.Random(line)
     certainties: dict[str, int] = {}
     for _ in range(DAMAGES // 5):
-        with _damaged(image, places, chance):
+        with damaged(image, places, chance):
             found = read_map(image)
         certainties[found.certainty] = certainties.get(found.certainty, 0) + 1
         assert not sound.used.subtract(found.used)

@@ -21,7 +21,7 @@ from imager.blocksource import FileSource, PartSource
 from imager.extents import Extents
 from imager.process import find_tool, run
 from tests.loop import allocation_lab
-from tests.loop.allocation_lab import MIB, make_image, poison, read_map
+from tests.loop.allocation_lab import MIB, make_image, patch, poison, read_map
 from tests.support.sources import MemorySource
 
 pytestmark = [
@@ -155,15 +155,9 @@ def test_on_several_devices(memory_path: Path) -> None:
     assert found.certainty == "all" and "several devices" in (found.reason or "")
 
 
-def _patch(image: Path, offset: int, data: bytes) -> None:
-    with image.open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
-
-
 def _patch_superblocks(image: Path, offset: int, data: bytes) -> None:
     for start in SUPERBLOCK_OFFSETS:
-        _patch(image, start + offset, data)
+        patch(image, start + offset, data)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +183,7 @@ def test_doubtful_superblocks(memory_path: Path, offset: int, data: bytes, said:
 
 def test_superblocks_that_differ(memory_path: Path) -> None:
     image = _make(memory_path / "image", size=64)
-    _patch(image, SUPERBLOCK_OFFSETS[1] + 300, b"?")
+    patch(image, SUPERBLOCK_OFFSETS[1] + 300, b"?")
     assert "superblocks differ" in (read_map(image).reason or "")
 
 
@@ -200,7 +194,7 @@ def _rewrite_checkpoint(image: Path, offset: int, data: bytes) -> None:
     raw[offset : offset + len(data)] = data
     raw[4092:] = struct.pack("<I", checksum(bytes(raw[:4092])))
     for block in (checkpoint.start, checkpoint.start + checkpoint.pack_blocks - 1):
-        _patch(image, block * BLOCK, bytes(raw))
+        patch(image, block * BLOCK, bytes(raw))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +225,7 @@ def test_files_synced_after_the_last_checkpoint(memory_path: Path) -> None:
     (segment,) = struct.unpack_from("<I", checkpoint.raw, 40)
     (offset,) = struct.unpack_from("<H", checkpoint.raw, 70)
     node = (main + segment * 512 + offset) * BLOCK
-    _patch(image, node + BLOCK - 12, struct.pack("<Q", checkpoint.version))
+    patch(image, node + BLOCK - 12, struct.pack("<Q", checkpoint.version))
     found = read_map(image)
     assert found.certainty == "all" and "synced after" in (found.reason or "")
 
@@ -240,10 +234,10 @@ def test_the_older_checkpoint_is_none_to_believe(memory_path: Path) -> None:
     image = _make(memory_path / "image")
     _fill(image, memory_path / "tree", 1)
     checkpoint = _checkpoint(image)
-    _patch(image, checkpoint.start * BLOCK + 500, b"????")
+    patch(image, checkpoint.start * BLOCK + 500, b"????")
     assert _checkpoint(image).start != checkpoint.start  # as a mount would take it
     for start in (_superblock(image).checkpoint, _superblock(image).checkpoint + 512):
-        _patch(image, start * BLOCK + 500, b"????")
+        patch(image, start * BLOCK + 500, b"????")
     found = read_map(image)
     assert found.certainty == "all" and "no checkpoint" in (found.reason or "")
 

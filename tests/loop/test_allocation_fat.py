@@ -14,7 +14,7 @@ from imager.allocation.vfat.layout import Geometry
 from imager.blocksource import FileSource, PartSource
 from imager.process import find_tool, run
 from tests.loop import allocation_lab
-from tests.loop.allocation_lab import MIB, make_image, poison, read_map
+from tests.loop.allocation_lab import MIB, make_image, patch, poison, read_map
 from tests.support.sources import MemorySource
 
 pytestmark = [
@@ -114,17 +114,11 @@ def _entry_at(geometry: Geometry, copy: int, number: int) -> int:
     return geometry.fat_offset(copy) + number * geometry.bits // 8
 
 
-def _patch(image: Path, offset: int, data: bytes) -> None:
-    with image.open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
-
-
 @pytest.mark.parametrize("copy", [0, 1])
 def test_any_copy_of_the_fat_counts(memory_path: Path, copy: int) -> None:
     image = _make(memory_path / "image", "fat16")
     geometry = _geometry(image)
-    _patch(image, _entry_at(geometry, copy, 5000), b"\xff\xff")
+    patch(image, _entry_at(geometry, copy, 5000), b"\xff\xff")
     found = read_map(image)
     assert (found.certainty, found.reason) == ("union", "vfat: the copies of its FAT differ")
     assert found.used.covers(geometry.cluster_offset(5000), geometry.cluster_size)
@@ -133,8 +127,8 @@ def test_any_copy_of_the_fat_counts(memory_path: Path, copy: int) -> None:
 def test_bad_clusters_are_used(memory_path: Path) -> None:
     image = _make(memory_path / "image", "fat32-one-fat")
     geometry = _geometry(image)
-    _patch(image, _entry_at(geometry, 0, 700), struct.pack("<I", 0x0FFFFFF7))
-    _patch(image, _entry_at(geometry, 0, 800), struct.pack("<I", 0xF0000000))  # reserved bits
+    patch(image, _entry_at(geometry, 0, 700), struct.pack("<I", 0x0FFFFFF7))
+    patch(image, _entry_at(geometry, 0, 800), struct.pack("<I", 0xF0000000))  # reserved bits
     found = read_map(image)
     assert found.certainty == "exact"
     assert found.used.covers(geometry.cluster_offset(700), geometry.cluster_size)
@@ -146,7 +140,7 @@ def test_a_chain_that_breaks_off(memory_path: Path, target: int) -> None:
     """The next cluster is not in the FAT yet, but a driver would read it."""
     image = _make(memory_path / "image", "fat32-one-fat")
     geometry = _geometry(image)
-    _patch(image, _entry_at(geometry, 0, 400), struct.pack("<I", target))
+    patch(image, _entry_at(geometry, 0, 400), struct.pack("<I", target))
     found = read_map(image)
     assert found.certainty == "union" and "free in its FAT" in (found.reason or "")
     assert found.used.covers(geometry.cluster_offset(target), geometry.cluster_size)
@@ -159,7 +153,7 @@ def test_dirty(memory_path: Path, name: str) -> None:
     _fill(image, memory_path / "work", 5)
     geometry = _geometry(image)
     clean = read_map(image)
-    _patch(image, 65 if geometry.is_fat32 else 37, b"\1")
+    patch(image, 65 if geometry.is_fat32 else 37, b"\1")
     found = read_map(image)
     assert found.certainty == "union" and "not unmounted" in (found.reason or "")
     assert found.used == clean.used
@@ -178,9 +172,9 @@ def read_entry_used(found: AllocationMap, geometry: Geometry, number: int) -> bo
 
 def read_map_without_dirt(image: Path, geometry: Geometry) -> AllocationMap:
     at = 65 if geometry.is_fat32 else 37
-    _patch(image, at, b"\0")
+    patch(image, at, b"\0")
     found = read_map(image)
-    _patch(image, at, b"\1")
+    patch(image, at, b"\1")
     return found
 
 
@@ -197,14 +191,14 @@ def _clear_entry(image: Path, geometry: Geometry, copy: int, number: int) -> Non
         raw[:2] = (value & (0xF if number % 2 else 0xF000)).to_bytes(2, "little")
     else:
         raw[: geometry.bits // 8] = bytes(geometry.bits // 8)
-    _patch(image, at, bytes(raw))
+    patch(image, at, bytes(raw))
 
 
 def test_flags_in_the_fat(memory_path: Path) -> None:
     image = _make(memory_path / "image", "fat16")
     for value in (0x7FFF, 0xBFFF):
         for copy in (0, 1):
-            _patch(image, _entry_at(_geometry(image), copy, 1), struct.pack("<H", value))
+            patch(image, _entry_at(_geometry(image), copy, 1), struct.pack("<H", value))
         found = read_map(image)
         assert found.certainty == "union" and "not unmounted" in (found.reason or "")
 
@@ -244,8 +238,8 @@ def test_every_doubt_is_all_of_it(
     if said == "impossible cluster count":
         with image.open("r+b") as file:
             file.truncate(0xFFFFFF * 512)
-        _patch(image, 19, b"\0\0")
-    _patch(image, offset, data)
+        patch(image, 19, b"\0\0")
+    patch(image, offset, data)
     found = read_map(image)
     assert found.certainty == "all", found
     assert said in (found.reason or "")
@@ -262,7 +256,7 @@ def test_every_doubt_is_all_of_it(
 )
 def test_impossible_entries(memory_path: Path, number: int, entry: int, said: str) -> None:
     image = _make(memory_path / "image", "fat16")
-    _patch(image, _entry_at(_geometry(image), 1, number), struct.pack("<H", entry))
+    patch(image, _entry_at(_geometry(image), 1, number), struct.pack("<H", entry))
     found = read_map(image)
     assert found.certainty == "all"
     assert said in (found.reason or "")
@@ -280,7 +274,7 @@ def test_random_damage_is_never_a_traceback(memory_path: Path, name: str) -> Non
     """A map within the source, whatever the bytes; unreadable sectors are all of it."""
     image = _make(memory_path / "image", name)
     _fill(image, memory_path / "work", 7)
-    _patch(image, 65 if "32" in name else 37, b"\1")
+    patch(image, 65 if "32" in name else 37, b"\1")
     content, geometry = image.read_bytes(), _geometry(image)
     root = (geometry.first_data - geometry.root_sectors) * geometry.sector_size
     places = [0, geometry.fat_offset(0), geometry.fat_offset(0) + 512, root]

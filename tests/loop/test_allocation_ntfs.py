@@ -22,7 +22,7 @@ from imager.allocation.ntfs.volume import CLUSTER_BITMAP, LOG_FILE, MFT, VOLUME,
 from imager.blocksource import FileSource, PartSource
 from imager.process import find_tool, run
 from tests.loop import allocation_lab
-from tests.loop.allocation_lab import MIB, fill, make_image, manifest, poison, read_map
+from tests.loop.allocation_lab import MIB, fill, make_image, manifest, patch, poison, read_map
 from tests.support.sources import MemorySource
 
 pytestmark = [
@@ -104,12 +104,6 @@ def _volume(image: Path) -> Iterator[Volume]:
         yield Volume(source, _boot(image))
 
 
-def _patch(image: Path, offset: int, data: bytes) -> None:
-    with image.open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
-
-
 @pytest.mark.parametrize("name", MATRIX)
 def test_nothing_unused_is_missed(memory_path: Path, name: str) -> None:
     image = _make(memory_path / "image", name)
@@ -183,7 +177,7 @@ def test_clusters_of_files_outside_of_the_bitmap(memory_path: Path) -> None:
         place = next(runs(item, boot.clusters) for item in bits if item.kind == DATA)[0].cluster
     assert place is not None
     marks = place * boot.cluster_size + offset // boot.cluster_size // 8
-    _patch(image, marks, b"\0\0")
+    patch(image, marks, b"\0\0")
     found = read_map(image)
     assert found.certainty == "union" and "free in its $Bitmap" in (found.reason or "")
     assert found.used.covers(offset, 90_000)
@@ -195,7 +189,7 @@ def _patch_volume_flags(image: Path, flags: int) -> None:
     record = boot.mft_cluster * boot.cluster_size + VOLUME * boot.record_size
     raw = image.read_bytes()[record : record + boot.record_size]
     at = raw.index(b"\3\1", raw.index(struct.pack("<I", 0x70)) + 24)
-    _patch(image, record + at + 2, struct.pack("<H", flags))
+    patch(image, record + at + 2, struct.pack("<H", flags))
 
 
 def test_marked_dirty(memory_path: Path) -> None:
@@ -233,7 +227,7 @@ def _restart_page(number: int, client: int, flags: int) -> bytes:
 def test_log(memory_path: Path, pages: list[tuple[int, int, int]], said: str | None) -> None:
     image = _make(memory_path / "image")
     at = _log_offset(image)
-    _patch(image, at, b"".join(_restart_page(*page) for page in pages))
+    patch(image, at, b"".join(_restart_page(*page) for page in pages))
     found = read_map(image)
     assert found.certainty == ("all" if said else "exact"), found.reason
     assert (said or "") in (found.reason or "")
@@ -243,12 +237,12 @@ def test_damaged_log(memory_path: Path) -> None:
     image = _make(memory_path / "image")
     at = _log_offset(image)
     for damage, said in ((b"RCRD", "restart page"), (_restart_page(1, 0, 2)[:4000], "whole")):
-        _patch(image, at, damage)
+        patch(image, at, damage)
         found = read_map(image)
         assert found.certainty == "all" and said in (found.reason or "")
-    _patch(image, at, b"\xff" * 4096)
+    patch(image, at, b"\xff" * 4096)
     assert read_map(image).certainty == "exact"
-    _patch(image, at + 100_000, b"RCRD")
+    patch(image, at + 100_000, b"RCRD")
     assert read_map(image).certainty == "all"
 
 
@@ -361,7 +355,7 @@ def test_partition_bigger_and_smaller_than_its_filesystem(memory_path: Path) -> 
 )
 def test_every_doubt_is_all_of_it(memory_path: Path, offset: int, data: bytes, said: str) -> None:
     image = _make(memory_path / "image")
-    _patch(image, offset, data)
+    patch(image, offset, data)
     found = read_map(image)
     assert found.certainty == "all"
     assert said in (found.reason or "")
@@ -411,10 +405,10 @@ def test_records_are_checked(memory_path: Path) -> None:
     at = boot.mft_cluster * boot.cluster_size + 5 * boot.record_size
     for offset, said in ((0, "record 5 is damaged"), (510, "not written whole")):
         saved = image.read_bytes()[at + offset : at + offset + 2]
-        _patch(image, at + offset, b"??")
+        patch(image, at + offset, b"??")
         found = read_map(image)
         assert found.certainty == "all" and said in (found.reason or "")
-        _patch(image, at + offset, saved)
+        patch(image, at + offset, saved)
     assert read_map(image).certainty == "exact"
 
 

@@ -86,7 +86,7 @@ def run_in_guest(arguments: list[str], timeout: float) -> GuestResult:
     pytest = [sys.executable, "-m", "pytest", *_PYTEST, *arguments]
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="imager-guest-") as scratch:
-        kernel = _unpacked(_KERNEL)
+        kernel = debian_kernel()
         initrd = Path(scratch) / "initrd"
         initrd.write_bytes(_initramfs(kernel, _in_checkout(pytest)))
         log = _console(_qemu(next(kernel.glob("boot/vmlinuz-*")), initrd), timeout)
@@ -140,6 +140,14 @@ def _console(command: list[str], timeout: float) -> str:
 
 
 # --- packages -----------------------------------------------------------------------------------
+
+
+def debian_kernel() -> Path:
+    """The folder with ``boot/`` and ``lib/modules/`` of Debian's kernel package, unpacked.
+
+    Raises CalledProcessError when the package can't be had.
+    """
+    return _unpacked(_KERNEL)
 
 
 def _unpacked(package: str) -> Path:

@@ -11,19 +11,13 @@ import errno
 import json
 import os
 import stat
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from tests.support.commandline import CHECKOUT
-
-_LIBRARY = "libfuse3.so.3"
-_NAME = "disk.img"
+from tests.support.fuseserver import SERVED_NAME, served_file
 
 
 @contextlib.contextmanager
@@ -39,37 +33,9 @@ def faulty_file(
     ``bad``: ranges in bytes that can't be read; ``flipped``: bytes of which a bit reads wrongly;
     ``delay``: seconds that each reading and writing takes.
     """
-    if not Path("/dev/fuse").exists():
-        pytest.skip("no FUSE here: /dev/fuse is missing")
-    folder = backing.with_name(f"{backing.name}.fuse")
-    folder.mkdir()
     faults = json.dumps({"bad": list(bad), "flipped": list(flipped), "delay": delay})
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tests.support.fusefile", str(backing), str(folder), faults],
-        cwd=CHECKOUT,
-        env={**os.environ, "FUSE_LIBRARY_PATH": _LIBRARY},
-        stderr=subprocess.PIPE,
-    )
-    try:
-        _wait_for(folder / _NAME, server)
-        yield folder / _NAME
-    finally:
-        subprocess.run(["umount", str(folder)], check=False, capture_output=True)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(5)
-        server.kill()
-        server.communicate()
-        folder.rmdir()
-
-
-def _wait_for(path: Path, server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 20
-    while not path.exists():
-        if server.poll() is not None or time.monotonic() > deadline:
-            server.kill()
-            _, said = server.communicate()
-            pytest.skip(f"FUSE does not work here: {said.decode(errors='replace').strip()[-300:]}")
-        time.sleep(0.02)
+    with served_file("tests.support.fusefile", backing, faults) as path:
+        yield path
 
 
 def _serve(backing: str, folder: str, faults: dict[str, Any]) -> None:
@@ -84,13 +50,13 @@ def _serve(backing: str, folder: str, faults: dict[str, Any]) -> None:
         def getattr(self, path: str, fh: int | None = None) -> dict[str, int]:
             if path == "/":
                 return {"st_mode": stat.S_IFDIR | 0o755, "st_nlink": 2}
-            if path != f"/{_NAME}":
+            if path != f"/{SERVED_NAME}":
                 raise mfusepy.FuseOSError(errno.ENOENT)
             size = os.fstat(self.fd).st_size
             return {"st_mode": stat.S_IFREG | 0o600, "st_nlink": 1, "st_size": size}
 
         def readdir(self, path: str, fh: int) -> list[str]:
-            return [".", "..", _NAME]
+            return [".", "..", SERVED_NAME]
 
         def open(self, path: str, flags: int) -> int:
             return 0

@@ -12,14 +12,12 @@ import os
 import random
 import stat
 import struct
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.support.commandline import CHECKOUT
-from tests.support.fusefile import _LIBRARY, _NAME, _wait_for
+from tests.support.fuseserver import SERVED_NAME, served_file
 
 _RECORD = struct.Struct("<qQ")  # offset in bytes, or -1 for a flush; length
 _FLUSH = -1
@@ -39,24 +37,8 @@ class Write(NamedTuple):
 @contextlib.contextmanager
 def recorded_file(backing: Path, log: Path) -> Iterator[Path]:
     """The path of the mounted file; its reads and writes are passed to ``backing``."""
-    folder = backing.with_name(f"{backing.name}.fuse")
-    folder.mkdir()
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tests.support.writelog", str(backing), str(folder), str(log)],
-        cwd=CHECKOUT,
-        env={**os.environ, "FUSE_LIBRARY_PATH": _LIBRARY},
-        stderr=subprocess.PIPE,
-    )
-    try:
-        _wait_for(folder / _NAME, server)
-        yield folder / _NAME
-    finally:
-        subprocess.run(["umount", str(folder)], check=False, capture_output=True)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(5)
-        server.kill()
-        server.communicate()
-        folder.rmdir()
+    with served_file("tests.support.writelog", backing, str(log)) as path:
+        yield path
 
 
 def read_log(log: Path) -> list[Write]:
@@ -94,13 +76,13 @@ def _serve(backing: str, folder: str, log: str) -> None:
         def getattr(self, path: str, fh: int | None = None) -> dict[str, int]:
             if path == "/":
                 return {"st_mode": stat.S_IFDIR | 0o755, "st_nlink": 2}
-            if path != f"/{_NAME}":
+            if path != f"/{SERVED_NAME}":
                 raise mfusepy.FuseOSError(errno.ENOENT)
             size = os.fstat(self.fd).st_size
             return {"st_mode": stat.S_IFREG | 0o600, "st_nlink": 1, "st_size": size}
 
         def readdir(self, path: str, fh: int) -> list[str]:
-            return [".", "..", _NAME]
+            return [".", "..", SERVED_NAME]
 
         def open(self, path: str, flags: int) -> int:
             return 0

@@ -21,7 +21,6 @@ from imager.partitions import (
     PartitionTable,
     read_partition_table,
     smallest_disk,
-    unpartitioned,
 )
 
 MIB = 1 << 20
@@ -189,18 +188,6 @@ def test_table_extents_are_what_a_restore_of_them_needs(
         assert table.table_extents.total < 64 << 10
 
 
-def test_unpartitioned_is_the_rest(gpt_disk: Path, mbr_disk: Path) -> None:
-    for path in (gpt_disk, mbr_disk):
-        table = read(path)
-        gaps = unpartitioned(table, DISK_BYTES)
-        real = Extents((p.offset, p.size) for p in table.partitions if p.kind != "extended")
-        assert not gaps.intersect(real)
-        assert gaps.union(real) == Extents.whole(DISK_BYTES)
-        assert gaps.covers(0, MIB)
-        for extent in table.table_extents:
-            assert gaps.covers(extent.offset, extent.length)
-
-
 def test_smallest_disk_takes_the_table(gpt_disk: Path, tmp_path: Path) -> None:
     least = smallest_disk(read(gpt_disk), DISK_BYTES)
     assert least == read(gpt_disk).partitions[-1].end + 33 * 512
@@ -254,7 +241,6 @@ def test_both_copies_damaged_is_no_table(gpt_disk: Path) -> None:
     table = read(gpt_disk)
     assert (table.scheme, table.partitions) == ("none", ())
     assert "both copies of the GPT are damaged" in table.notes[0]
-    assert unpartitioned(table, DISK_BYTES) == Extents.whole(DISK_BYTES)
     assert smallest_disk(table, DISK_BYTES) == DISK_BYTES
 
 
@@ -459,7 +445,7 @@ def test_tiny_sources(tmp_path: Path, gpt_disk: Path, size: int) -> None:
     path.write_bytes(gpt_disk.read_bytes()[:size])
     table = read(path)
     assert table.scheme == "none"
-    assert unpartitioned(table, size) == Extents.whole(size)
+    assert table.partitions == ()
 
 
 class UnreadableSource(FileSource):
@@ -598,7 +584,6 @@ def test_no_damage_breaks_the_reader(tmp_path: Path) -> None:
             schemes[table.scheme] = schemes.get(table.scheme, 0) + 1
             assert all(0 <= p.offset < p.end <= source.size for p in table.partitions)
             assert table.table_extents.end <= source.size
-            assert unpartitioned(table, source.size).end <= source.size
             assert smallest_disk(table, source.size) >= 0
             assert PartitionTable.from_json(json.loads(json.dumps(table.to_json()))) == table
     print(schemes)
