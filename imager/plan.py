@@ -11,11 +11,12 @@ from typing import Any
 from imager.allocation import identify
 from imager.blockmap import BlockMap
 from imager.blocksource import BlockSource, FileSource, PartSource
+from imager.compatibility import compare
 from imager.deviceuse import SYS_ROOT, device_numbers, disk_numbers_below, uses_of
 from imager.diskidentity import DiskIdentity, disk_identity
 from imager.errors import ImagerError, SourceError, UsageError
 from imager.extents import Extent
-from imager.fingerprint import Fingerprint, read_fingerprint
+from imager.fingerprint import read_fingerprint
 from imager.growfs import can_grow, tools_to_grow
 from imager.manifest import Disk, Manifest
 from imager.marker import MARKER_SIZE, Marker
@@ -26,6 +27,9 @@ from imager.sysfs import read_number
 
 # UEFI Specification 2.10, 5.3.1: at least this much is reserved for the entries
 _GPT_ENTRIES_BYTES = 16384
+
+# What the comparison of machines says too, and the plan refuses by itself.
+_REFUSED_ALREADY = frozenset({"sector size", "disk size"})
 
 
 @dataclass(frozen=True)
@@ -248,15 +252,11 @@ class _Planner:
         """A disk of this machine should boot in it; files go anywhere."""
         if not target.is_device:
             return
-        hardware = self._manifest.document.get("hardware")
-        imaged, here = Fingerprint.from_json(hardware or {}), read_fingerprint()
-        for what in ("architecture", "firmware"):
-            was, has = getattr(imaged, what), getattr(here, what)
-            if was and has and was != has:
-                self._warnings.append(
-                    f"the imaged machine's {what} was {was}, this one's is {has}: "
-                    "the disk may not boot here"
-                )
+        identity = disk_identity(self._path)
+        found = compare(self._manifest, self._disk, read_fingerprint(), identity)
+        for reason in (*found.of("blocker"), *found.of("attention")):
+            if reason.subject not in _REFUSED_ALREADY:
+                self._warnings.append(f"the disk may not boot here: {reason}")
 
     def _look_at(self, target: BlockSource, source: Extent) -> bool:
         """Describe what will be overwritten; whether it is our own unfinished restore."""
