@@ -19,7 +19,11 @@ def open_store(url: str) -> WriteStore:
         from imager.store.local import LocalStore
 
         return LocalStore(Path(rest))
+    if scheme in ("http", "https"):
+        from imager.store.http import HttpStore
+
+        return HttpStore(url)
     raise UsageError(
         f"cannot open {url}: {scheme}:// repositories are not known to this version",
-        hint="name a local folder",
+        hint="name a local folder, or an http:// or https:// address to read from",
     )

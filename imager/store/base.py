@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import NoReturn, Protocol
 
-from imager.errors import ImagerError
+from imager.errors import ImagerError, UsageError
 
 _NAME = re.compile(r"[a-z0-9_-][a-z0-9._-]*(?:/[a-z0-9_-][a-z0-9._-]*)*\Z")
 
@@ -61,3 +61,26 @@ class WriteStore(ReadStore, Protocol):
         """Create a small object if it is absent, durable when this returns."""
 
     def delete(self, name: str) -> None: ...
+
+
+class ReadOnly:
+    """The writing half of a store that can only be read. Every method raises UsageError."""
+
+    url: str
+
+    def writer(self, name: str) -> AbstractContextManager[ObjectWriter]:
+        check_name(name)
+        self._refuse()
+
+    def create(self, name: str, content: bytes) -> None:
+        check_name(name)
+        self._refuse()
+
+    def delete(self, name: str) -> None:
+        check_name(name)
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise UsageError(
+            f"{self.url} can only be read", hint="name a local folder to write to with --repo"
+        )
