@@ -60,3 +60,17 @@ def run(
         said = (result.stderr or result.stdout).decode(errors="replace").strip()
         raise ToolError(f"exit code {result.returncode} from: {line}\n{said}")
     return result
+
+
+def attend(command: list[str], terminal: int) -> int:
+    """Run a program that talks to a person on an open terminal; returns its exit code.
+
+    Raises ToolError when the program is missing.
+    """
+    variables = {**os.environ, "PATH": search_path()}
+    try:
+        return subprocess.run(
+            command, stdin=terminal, stdout=terminal, stderr=terminal, env=variables, check=False
+        ).returncode
+    except FileNotFoundError:
+        raise ToolError(f"{command[0]} is not installed") from None

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from imager import __version__
-from imager.cli import images, repo, restoring, sources, verifying
+from imager.cli import images, media, repo, restoring, sources, verifying
 
 _HELP = """Image disks below the filesystem, and bring whole servers back.
 
@@ -50,3 +50,4 @@ app.command("plan")(restoring.plan)
 app.command("restore")(restoring.restore)
 app.command("rm")(images.remove)
 app.add_typer(repo.app, name="repo")
+app.add_typer(media.app, name="media")
