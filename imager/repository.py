@@ -100,7 +100,13 @@ class Repository:
 
     @classmethod
     def open(cls, url: str) -> Repository:
-        store = open_store(url)
+        """Raises ObjectMissing where there is none; FormatError, UnsupportedError."""
+        return cls.open_store(open_store(url))
+
+    @classmethod
+    def open_store(cls, store: WriteStore) -> Repository:
+        """As ``open``: the repository whose files lie in a store."""
+        url = store.url
         try:
             content = store.read("repository.json")
         except ObjectMissing:

@@ -42,6 +42,7 @@ class Terminal:
     def __init__(self, path: str) -> None:
         self.path = path
         self.name = Path(path).name
+        self._last_key = b""
         self._fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
         try:
             self._set_up()
@@ -59,6 +60,8 @@ class Terminal:
         """No echo and no line editing by the kernel; output as usual."""
         settings = termios.tcgetattr(self._fd)
         settings[3] &= ~(termios.ECHO | termios.ICANON | termios.ISIG)
+        # IXON: one byte of line noise (Ctrl-S) would stop all output for ever.
+        settings[0] &= ~(termios.IXON | termios.ICRNL | termios.INLCR)
         settings[1] |= termios.OPOST | termios.ONLCR
         # Serial: no modem lines, a cable may have three wires.
         settings[2] |= termios.CLOCAL | termios.CREAD
@@ -71,7 +74,9 @@ class Terminal:
 
     def write(self, text: str) -> None:
         """Text with newlines; nothing is added."""
-        content = text.encode(errors="replace")
+        self._echo(text.encode(errors="replace"))
+
+    def _echo(self, content: bytes) -> None:
         while content:
             try:
                 content = content[os.write(self._fd, content) :]
@@ -88,7 +93,10 @@ class Terminal:
         self.write(prompt)
         typed = bytearray()
         while True:
-            key = self._read_key()
+            key, before = self._read_key(), self._last_key
+            self._last_key = key
+            if key == b"\n" and before == b"\r":
+                continue  # the second half of a line end
             if key in _ENTERS:
                 self.write("\n")
                 return typed.decode(errors="replace").strip()
@@ -102,7 +110,7 @@ class Terminal:
                 typed.clear()
             elif key >= b" " and key not in _ERASERS:
                 typed += key
-                os.write(self._fd, key)
+                self._echo(key)
 
     def wait_for_key(self, seconds: float) -> bool:
         """Whether a key was pressed in time; the key is used up."""

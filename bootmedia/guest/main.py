@@ -75,8 +75,8 @@ def _find_medium(job: Job, log: Log) -> Medium | None:
         return None
     try:
         medium = find_medium(job.medium_id)
-    except ImagerError as error:
-        log.add(f"{error.message}: going on without it")
+    except (ImagerError, OSError) as error:
+        log.add(f"{error}: going on without it")
         return None
     log.add(f"the medium is {medium.device}")
     return medium
@@ -88,8 +88,8 @@ def _start_ssh(job: Job, log: Log) -> None:
     try:
         ssh.start(job.ssh_keys)
         log.add("SSH server started")
-    except ImagerError as error:
-        log.add(f"SSH: {error.message}")
+    except (ImagerError, OSError) as error:
+        log.add(f"SSH: {error}")
 
 
 def _unattended(session: Session, terminals: Sequence[Terminal]) -> str | None:

@@ -7,6 +7,8 @@ was told lies in ``LEASE`` with the card's name as its suffix, written by ``udhc
 from __future__ import annotations
 
 import ipaddress
+import os
+import signal
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,7 +26,7 @@ RESOLV_CONF = Path("/etc/resolv.conf")
 _SCRIPT = "/usr/share/udhcpc/default.script"
 
 _CARD_SECONDS = 15.0  # drivers find their cards late, and auto-negotiation takes some seconds
-_DHCP_TRIES, _DHCP_SECONDS = 4, 3
+_DHCP_SECONDS = 15.0
 
 
 @dataclass
@@ -89,7 +91,9 @@ class Network:
         except ValueError as error:
             raise UsageError(f"network address: {error}") from None
         name = setup.interface or self._first_carrier()
+        self._end_client(name)
         _bring_up(name)
+        run(["ip", "addr", "flush", "dev", name])
         run(["ip", "addr", "replace", str(address), "dev", name])
         if gateway is not None:
             run(["ip", "route", "replace", "default", "via", str(gateway), "dev", name])
@@ -114,24 +118,38 @@ class Network:
 
     def _lease(self, name: str) -> None:
         """Wait for one card's DHCP; the client goes on in a thread, to renew the lease."""
+        self._end_client(name)
         self._states[name] = "asking for an address"
         client = threading.Thread(target=self._run_client, args=(name,), daemon=True)
         client.start()
-        while client.is_alive() and not LEASE.with_suffix(f".{name}").exists():
+        deadline = monotonic() + _DHCP_SECONDS
+        while client.is_alive() and not _lease_of(name).exists():
+            if monotonic() > deadline:
+                # It goes on asking: a link may come up late.
+                self._states[name] = "no answer to DHCP yet"
+                self._note(f"network: {name}: no answer to DHCP yet")
+                return
             sleep(0.1)
         if client.is_alive():
             self._states[name] = "by DHCP"
             self._note(f"network: {name} has {' '.join(_addresses(name))} by DHCP")
 
     def _run_client(self, name: str) -> None:
-        """Ends when there is no answer, or the link is lost for good."""
-        tries = ["-t", str(_DHCP_TRIES), "-T", str(_DHCP_SECONDS)]
-        try:
+        """Asks, and renews the lease, until it is ended."""
+        pid_file = str(_pid_file(name))
+        with suppress(ImagerError):
             _bring_up(name)
-            run(["udhcpc", "-f", "-n", "-i", name, *tries, "-s", _SCRIPT])
-        except ImagerError:
-            self._states[name] = "no answer to DHCP"
-            self._note(f"network: {name}: no answer to DHCP")
+            run(["udhcpc", "-f", "-i", name, "-p", pid_file, "-s", _SCRIPT], accept=range(256))
+        self._states[name] = "not set up"
+
+    def _end_client(self, name: str) -> None:
+        """An earlier one would take back what is set up next. SIGTERM: it gives up the lease."""
+        number = read_number(_pid_file(name))
+        with suppress(ProcessLookupError):
+            if number:
+                os.kill(number, signal.SIGTERM)
+        for file in (_pid_file(name), _lease_of(name)):
+            file.unlink(missing_ok=True)
 
     def _wait_for_cards(self) -> list[str]:
         """Names of the cards, as soon as there is a driver for one, and a moment for others."""
@@ -154,6 +172,14 @@ class Network:
             f"no network card has a link ({', '.join(names) or 'there is none with a driver'})",
             hint="check the cable",
         )
+
+
+def _lease_of(name: str) -> Path:
+    return LEASE.with_suffix(f".{name}")
+
+
+def _pid_file(name: str) -> Path:
+    return LEASE.with_name(f"udhcpc.{name}.pid")
 
 
 def _bring_up(name: str) -> None:

@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
 from bootmedia.guest.attached import mounted_repositories
+from bootmedia.guest.carriedvolumes import IMAGES, CarriedVolumes
 from bootmedia.guest.log import Log
 from bootmedia.job import Job
 from imager.deviceuse import device_numbers, disk_numbers_below
 from imager.errors import ImagerError, IntegrityError, ObjectMissing, RefusedError
 from imager.manifest import Manifest
 from imager.repository import Repository
-
-IMAGES = "images"
-"""The folder of the carried repository on the medium."""
 
 
 class Medium(Protocol):
@@ -68,6 +66,7 @@ class Session:
         self.log = log or Log()
         self.ask_for_volume: AskForVolume = _refuse_volume
         self._repositories: dict[str, Repository] = {}
+        self._volumes: CarriedVolumes | None = None
         self._attached: list[Origin] = []
         self._mounts = ExitStack()
         self._busy = threading.RLock()
@@ -121,6 +120,14 @@ class Session:
         self._attached += new
         return new
 
+    def release_disks(self) -> None:
+        """Unmount attached disks, so that they can be written to. Their repositories have to be
+        searched for again."""
+        for origin in self._attached:
+            self.forget(origin)
+        self._attached = []
+        self._mounts.close()
+
     def forget(self, origin: Origin) -> None:
         """Have a repository opened anew when it is next used."""
         self._repositories.pop(origin.url, None)
@@ -136,7 +143,30 @@ class Session:
             yield Origin("named by this medium", url, None if "://" in url else Path(url))
 
     def _open(self, origin: Origin) -> Repository:
-        return Repository.open(origin.url)
+        medium = self.medium
+        if medium is None or self.job.volumes < 2 or origin not in self._carried():
+            return Repository.open(origin.url)
+        self._volumes = CarriedVolumes(
+            medium.folder, self.job.volumes, lambda number: self.ask_for_volume(number)
+        )
+        return Repository.open_store(self._volumes.store)
+
+    # --- volumes ---
+
+    def survey_volumes(self, found: Found) -> None:
+        """Before an image is restored from several volumes: have each of them put in once, so
+        that planning, which looks at all packs, does not ask for them time and again."""
+        if self._volumes is not None and found.repository.store is self._volumes.store:
+            self._volumes.survey(found.repository)
+
+    @contextmanager
+    def without_asking(self) -> Iterator[None]:
+        """For the time of the block, what is on a volume that is not at hand is missing."""
+        before, self.ask_for_volume = self.ask_for_volume, _refuse_volume
+        try:
+            yield
+        finally:
+            self.ask_for_volume = before
 
     # --- images ---
 
