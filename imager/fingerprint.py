@@ -118,6 +118,11 @@ def read_fingerprint(sys_root: Path = Path("/")) -> Fingerprint:
     )
 
 
+def is_secure_boot_on(sys_root: Path = Path("/")) -> bool:
+    """Whether the firmware says so; efivarfs has to be mounted."""
+    return bool(_secure_boot(sys_root))
+
+
 def _firmware(root: Path, architecture: str | None) -> str | None:
     if (root / "sys/firmware/efi").is_dir():
         return "uefi"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import ExitStack
 from pathlib import Path
+from shutil import disk_usage
 
 from bootmedia.guest.attached import Volume, find_repositories, mounted, volumes
 from bootmedia.guest.choosing import Back, Choice, choose, confirm, show
@@ -36,8 +37,8 @@ def capture_disks(session: Session, terminal: Terminal) -> None:
     found again by the next capture."""
     with session.work("releasing the disks that were looked into"):
         session.release_disks()
-    sources = _choose_sources(session, terminal)
-    volume = _choose_volume(session, terminal, sources)
+    volume = _choose_volume(session, terminal)
+    sources = _choose_sources(session, terminal, volume)
     name, note = _ask_name(terminal)
     with session.work("capture"), mounted(volume, writable=True) as folder:
         repository = _choose_repository(terminal, folder)
@@ -45,9 +46,23 @@ def capture_disks(session: Session, terminal: Terminal) -> None:
     show(terminal, _result(manifest))
 
 
-def _choose_sources(session: Session, terminal: Terminal) -> list[str]:
+def _choose_volume(session: Session, terminal: Terminal) -> Volume:
+    choices = [
+        Choice(_volume_words(volume), volume, session.reserved(volume.device))
+        for volume in volumes()
+        if volume.kind not in _NEVER_WRITTEN
+    ]
+    if not choices:
+        raise UsageError(
+            "there is no filesystem to write the image to",
+            hint="attach a disk with one that has room for what is used on the captured disks",
+        )
+    return choose(terminal, "Write the image to:", choices)
+
+
+def _choose_sources(session: Session, terminal: Terminal, volume: Volume) -> list[str]:
     """Device nodes: one disk, or all that may be captured."""
-    found = [(path, _refusal(session, path)) for path in disks()]
+    found = [(path, _refusal(session, path, volume)) for path in disks()]
     free = [path for path, refused in found if refused is None]
     choices = [Choice(disk_words(disk_identity(path)), [path], refused) for path, refused in found]
     if len(free) > 1:
@@ -55,44 +70,31 @@ def _choose_sources(session: Session, terminal: Terminal) -> list[str]:
     return choose(terminal, "Disk to capture:", choices)
 
 
-def _refusal(session: Session, path: str) -> str | None:
+def _refusal(session: Session, path: str, volume: Volume) -> str | None:
     """A disk that is only read may be in use, but not be written to meanwhile."""
-    return session.reserved(path) or next(iter(_writers(path)), None)
+    try:
+        if device_numbers(path) & device_numbers(volume.device):
+            return "the image is written to it"
+        return session.reserved(path) or next(iter(_writers(path)), None)
+    except OSError as error:  # pulled out meanwhile
+        return f"cannot be read: {error.strerror}"
 
 
 def _writers(path: str) -> list[str]:
     return [f"{use.device} is {use.description}" for use in uses_of(path) if use.writable]
 
 
-def _choose_volume(session: Session, terminal: Terminal, sources: list[str]) -> Volume:
-    """A filesystem on a disk that is not captured itself."""
-    captured = {number for path in sources for number in device_numbers(path)}
-    choices = [
-        Choice(_volume_words(volume), volume, session.reserved(volume.device))
-        for volume in volumes()
-        if not captured & device_numbers(volume.device) and volume.kind not in _NEVER_WRITTEN
-    ]
-    if not choices:
-        raise UsageError(
-            "there is no filesystem on another disk to write the image to",
-            hint="attach a disk with a filesystem, large enough for what is used on the captured",
-        )
-    return choose(terminal, "Write the image to:", choices)
-
-
 def _choose_repository(terminal: Terminal, folder: Path) -> Repository:
     """One that is there, or a new one."""
-    choices: list[Choice[Path | None]] = [
-        Choice(f"the repository in /{path.relative_to(folder)}", path)
-        for path in find_repositories(folder)
-    ]
-    new = Choice[Path | None](f"a new repository in /{NEW_REPOSITORY}", None)
-    path = choose(terminal, "Repository on it:", [*choices, new]) if choices else None
-    if path is not None:
-        return Repository.open(str(path))
-    if not choices and not confirm(terminal, f"make {new.text}?"):
+    found, new = list(find_repositories(folder)), folder / NEW_REPOSITORY
+    make = f"a new repository in /{NEW_REPOSITORY}"
+    if not found and not confirm(terminal, f"make {make}?"):
         raise Back
-    return Repository.create(str(folder / NEW_REPOSITORY))
+    choices = [Choice(f"the repository in /{path.relative_to(folder)}", path) for path in found]
+    if new not in found:
+        choices.append(Choice(make, new))
+    path = choose(terminal, "Repository on it:", choices) if found else new
+    return Repository.open(str(path)) if path in found else Repository.create(str(path))
 
 
 def _ask_name(terminal: Terminal) -> tuple[str, str]:
@@ -119,7 +121,8 @@ def _capture(
         show(terminal, [f"warning: {text}" for text in warnings])
         job = CaptureJob(tuple(opened), name, note, hardware=read_fingerprint(), warnings=warnings)
         used = sum(disk.layout.used().total for disk in opened)
-        show(terminal, [f"{show_bytes(used)} will be read of {' '.join(sources)}"])
+        free = show_bytes(disk_usage(repository.store.url).free)
+        show(terminal, [f"{show_bytes(used)} will be read of {' '.join(sources)}; {free} are free"])
         if not confirm(terminal, "begin now?"):
             raise Back
         progress = stack.enter_context(terminal.progress())

@@ -77,12 +77,19 @@ def show(terminal: Terminal, texts: Iterable[str], indent: str = "") -> None:
             terminal.write("\n".join(_wrapped(line, indent)) + "\n")
 
 
-def show_pages(terminal: Terminal, texts: Sequence[str]) -> None:
+def show_pages(terminal: Terminal, texts: Sequence[str], *, last_first: bool = False) -> None:
     """As ``show``, a screen at a time. Raises Back when the person has seen enough."""
     lines = [part for text in texts for line in text.splitlines() for part in _wrapped(line, "")]
-    for first in range(0, len(lines), _LINES_A_PAGE):
-        terminal.write("\n".join(lines[first : first + _LINES_A_PAGE]) + "\n")
-        if first + _LINES_A_PAGE < len(lines) and terminal.ask("Enter: more, q: back "):
+    if last_first:
+        ends = range(len(lines), 0, -_LINES_A_PAGE)
+        pages = [lines[max(0, end - _LINES_A_PAGE) : end] for end in ends]
+    else:
+        firsts = range(0, len(lines), _LINES_A_PAGE)
+        pages = [lines[first : first + _LINES_A_PAGE] for first in firsts]
+    for number, page in enumerate(pages, 1):
+        terminal.write("\n".join(page) + "\n")
+        more = "earlier ones" if last_first else "more"
+        if number < len(pages) and terminal.ask(f"Enter: {more}, q: back "):
             raise Back
 
 
@@ -96,7 +103,7 @@ def _show_page(terminal: Terminal, title: str, numbered: Sequence[Choice[T]], fi
     show(terminal, [title])
     for number, choice in enumerate(numbered[first : first + _CHOICES_A_PAGE], first + 1):
         mark = f"{number:3d}  "
-        refused = f"\n     ({choice.refused})" if choice.refused else ""
+        refused = f"\n({choice.refused})" if choice.refused else ""
         show(terminal, [mark + (choice.text + refused).replace("\n", "\n" + " " * len(mark))])
 
 

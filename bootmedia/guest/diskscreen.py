@@ -17,26 +17,23 @@ from imager.units import show_bytes
 
 
 def show_disks(session: Session, terminal: Terminal) -> None:
-    lines: list[str] = []
-    for path in disks():
-        lines.append(disk_words(disk_identity(path)))
-        if reason := session.reserved(path):
-            lines.append(f"  {reason}")
-        lines += [f"  {use.device} is {use.description}" for use in uses_of(path)]
-        lines += _inside(path)
+    lines = [line for path in disks() for line in _disk_lines(session, path)]
     show_pages(terminal, lines or ["no disk was found: see the log for drivers"])
 
 
-def _inside(path: str) -> Iterator[str]:
+def _disk_lines(session: Session, path: str) -> Iterator[str]:
+    yield disk_words(disk_identity(path))
     try:
+        if reason := session.reserved(path):
+            yield f"  {reason}"
+        yield from (f"  {use.device} is {use.description}" for use in uses_of(path))
         with FileSource(path) as source:
             layout = read_layout(source)
-    except ImagerError as error:
-        yield f"  cannot be read: {error.message}"
+    except (ImagerError, OSError) as error:  # pulled out meanwhile, or broken
+        yield f"  cannot be read: {error}"
         return
     yield f"  partition table: {layout.table.scheme}"
-    for volume in layout.volumes:
-        yield f"  {_volume_words(volume)}"
+    yield from (f"  {_volume_words(volume)}" for volume in layout.volumes)
 
 
 def _volume_words(volume: Volume) -> str:

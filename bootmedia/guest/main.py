@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from time import sleep
 
 from bootmedia.guest import ssh, system
+from bootmedia.guest.bootentry import EFIVARS
 from bootmedia.guest.coldplug import FIRST_MODULES, Drivers
 from bootmedia.guest.console import Terminal, open_terminals
 from bootmedia.guest.log import Log
@@ -18,6 +19,7 @@ from bootmedia.guest.network import Network
 from bootmedia.guest.session import Session
 from bootmedia.job import Job
 from imager.errors import ImagerError
+from imager.process import run
 
 
 def main() -> None:
@@ -59,8 +61,15 @@ def _load_drivers(log: Log) -> None:
     except (ImagerError, OSError) as error:
         log.add(f"no drivers could be loaded: {error}")
         return
+    _open_firmware(drivers)
     for text in drivers.failures:
         log.add(f"not loaded: {text}")
+
+
+def _open_firmware(drivers: Drivers) -> None:
+    """UEFI's variables: boot entries, and whether Secure Boot is on."""
+    if EFIVARS.parent.is_dir() and drivers.load("efivarfs"):
+        run(["mount", "-t", "efivarfs", "efivarfs", str(EFIVARS)], accept=range(256))
 
 
 def _greet(terminals: Sequence[Terminal]) -> None:

@@ -22,6 +22,7 @@ from bootmedia.guest.restorescreen import restore_image
 from bootmedia.guest.session import Session
 from bootmedia.guest.verifyscreen import verify_image
 from imager.errors import ImagerError
+from imager.fingerprint import is_secure_boot_on
 from imager.units import show_bytes
 
 
@@ -125,7 +126,7 @@ def _announce(session: Session) -> None:
         job = session.job
         system.announce(
             f"imager-rescue: ready version={job.tool_version} kernel={os.uname().release} "
-            f"medium={job.medium_id}"
+            f"medium={job.medium_id}{' secure boot=on' if is_secure_boot_on() else ''}"
         )
 
 
@@ -159,7 +160,8 @@ def _data_backups(desk: Desk) -> None:
 
 
 def _log(desk: Desk) -> None:
-    show_pages(desk.terminal, desk.session.log.lines() or ["nothing has happened yet"])
+    lines = desk.session.log.lines() or ["nothing has happened yet"]
+    show_pages(desk.terminal, lines, last_first=True)
 
 
 def _shell(desk: Desk) -> None:

@@ -66,7 +66,7 @@ class Session:
         self.log = log or Log()
         self.ask_for_volume: AskForVolume = _refuse_volume
         self._repositories: dict[str, Repository] = {}
-        self._volumes: CarriedVolumes | None = None
+        self._volumes: tuple[Origin, CarriedVolumes] | None = None
         self._attached: list[Origin] = []
         self._mounts = ExitStack()
         self._busy = threading.RLock()
@@ -131,9 +131,13 @@ class Session:
     def forget(self, origin: Origin) -> None:
         """Have a repository opened anew when it is next used."""
         self._repositories.pop(origin.url, None)
+        if self._volumes is not None and origin == self._volumes[0]:
+            self._volumes = None
 
     def _carried(self) -> Iterator[Origin]:
-        if self.medium is not None and self.job.images:
+        if self._volumes is not None:  # whichever volume is in
+            yield self._volumes[0]
+        elif self.medium is not None and self.job.images:
             folder = self.medium.folder / IMAGES
             if (folder / "repository.json").exists():
                 yield Origin("on this medium", str(folder), folder)
@@ -146,18 +150,20 @@ class Session:
         medium = self.medium
         if medium is None or self.job.volumes < 2 or origin not in self._carried():
             return Repository.open(origin.url)
-        self._volumes = CarriedVolumes(
+        volumes = CarriedVolumes(
             medium.folder, self.job.volumes, lambda number: self.ask_for_volume(number)
         )
-        return Repository.open_store(self._volumes.store)
+        repository = Repository.open_store(volumes.store)
+        self._volumes = origin, volumes
+        return repository
 
     # --- volumes ---
 
     def survey_volumes(self, found: Found) -> None:
         """Before an image is restored from several volumes: have each of them put in once, so
         that planning, which looks at all packs, does not ask for them time and again."""
-        if self._volumes is not None and found.repository.store is self._volumes.store:
-            self._volumes.survey(found.repository)
+        if self._volumes is not None and found.origin == self._volumes[0]:
+            self._volumes[1].survey(found.repository)
 
     @contextmanager
     def without_asking(self) -> Iterator[None]:
@@ -212,7 +218,10 @@ class Session:
 
     def reserved(self, path: str) -> str | None:
         """Why a disk is not offered as a target: it is the medium, or has a repository on it."""
-        numbers = device_numbers(path)
+        try:
+            numbers = device_numbers(path)
+        except OSError:
+            return None  # pulled out: nothing can be written there
         medium = self.medium
         if medium and (
             (medium.device and numbers & device_numbers(medium.device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -199,9 +200,11 @@ def test_the_shell_and_the_log(bench: Bench) -> None:
         menu.run(bench.session, terminal, bench.network)
     assert terminal.shells == 1
     assert "line 14\n" in terminal.written
+    assert "line 0\n" in terminal.written
     bench.session.log.add("\n".join(f"line {n}" for n in range(15, 90)))
     screen = bench.run("7", "", "q")
-    assert "line 39" in screen and "line 40" not in screen
+    assert screen.index("line 70") < screen.index("line 89") < screen.index("line 50")
+    assert "line 49" not in screen
 
 
 def fail(*_: object) -> None:
@@ -322,7 +325,6 @@ def test_disks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diskscreen, "disks", lambda: [str(bench.target), "/nowhere"])
     monkeypatch.setattr(diskscreen, "disk_identity", identity_of_file)
     monkeypatch.setattr(Session, "reserved", lambda self, path: "this rescue medium")
-    monkeypatch.setattr(diskscreen, "uses_of", lambda path: [])
     screen = bench.run("3")
     assert f"{bench.target} 2.0 MiB serial S-1" in screen
     assert "this rescue medium" in screen
@@ -435,13 +437,17 @@ def test_nothing_is_captured_without_a_yes(bench: Bench, spare: Path) -> None:
 def test_what_is_not_captured(bench: Bench, spare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(capturing, "volumes", list)
-        assert "no filesystem on another disk" in bench.run("5", "1")
+        assert "no filesystem to write the image to" in bench.run("5")
     with monkeypatch.context() as patch:
         patch.setattr(capturing, "uses_of", lambda path: [Use("sda1", "mounted at /mnt", True)])
-        assert "cannot be chosen: sda1 is mounted at /mnt" in bench.run("5", "1", "")
+        assert "cannot be chosen: sda1 is mounted at /mnt" in bench.run("5", "1", "1", "")
     with monkeypatch.context() as patch:
         patch.setattr(Session, "reserved", lambda self, path: "this rescue medium")
         assert "cannot be chosen: this rescue medium" in bench.run("5", "1", "")
+    volume = bench.folder / "sdb"
+    monkeypatch.setattr(capturing, "disks", lambda: [str(volume)])
+    monkeypatch.setattr(capturing, "device_numbers", lambda path: {path})
+    assert "cannot be chosen: the image is written to it" in bench.run("5", "1", "1", "")
 
 
 # --- restore ---
@@ -553,3 +559,21 @@ def test_an_image_of_two_disks(bench: Bench, verdict: Callable[[Verdict], None])
     assert bench.target.read_bytes() == CONTENT
     screen = bench.run("1", "1", "l", "l")
     assert "All that is on" not in screen
+
+
+# --- a real terminal ---
+
+
+def test_on_a_terminal(bench: Bench) -> None:
+    """Typed ahead, with a slip that is rubbed out."""
+    ours, theirs = os.openpty()
+    try:
+        with Terminal(os.ttyname(theirs)) as terminal:
+            os.write(ours, b"4\x03" + b"7\x7f9\r" + b"2\r")
+            assert menu.run(bench.session, terminal, bench.network) == "poweroff"
+            screen = os.read(ours, 1 << 16).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert "menu, 1 to 9 (Enter: show it)? 4^C\r\n\r\n" in screen
+    assert "restart the machine\r\n  2  switch it off\r\n" in screen

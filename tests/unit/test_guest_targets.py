@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from bootmedia.guest import targets
@@ -77,9 +79,12 @@ def test_a_link_to_a_disk() -> None:
 
 
 def test_the_disks_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    uses = {"/dev/null": [], "/dev/zero": [Use("sdb1", "in use as swap", True)]}
+    def uses_of(path: str) -> list[Use]:
+        Path(path).stat()
+        return [Use("sdb1", "in use as swap", True)] if path == "/dev/zero" else []
+
     monkeypatch.setattr(targets, "disks", lambda: ["/dev/null", "/dev/zero", "/dev/gone"])
-    monkeypatch.setattr(targets, "uses_of", uses.__getitem__)
+    monkeypatch.setattr(targets, "uses_of", uses_of)
     job = Job("0123456789abcdef", 0, "1.0", "6.1", 0, ())
     with Session(job) as session:
         found = candidates(session)
