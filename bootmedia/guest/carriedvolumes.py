@@ -35,9 +35,9 @@ class CarriedVolumes:
         """``folder``: where the first that is at hand is mounted."""
         self._count, self._ask = count, ask
         self._current = volume_number(folder)
-        self._stores = {self._current: LocalStore(folder / IMAGES)}
-        self._known: dict[int, frozenset[str]] = {}
         self._lock = threading.RLock()
+        self._stores = {self._current: _Volume(folder / IMAGES, self._lock)}
+        self._known: dict[int, frozenset[str]] = {}
         self.store = UnionStore([self._stores[self._current]], self._look_further)
 
     def survey(self, repository: Opener) -> None:
@@ -72,7 +72,7 @@ class CarriedVolumes:
 
     def _put_in(self, number: int) -> None:
         folder = self._ask(number)
-        self._stores[number] = LocalStore(folder / IMAGES)
+        self._stores[number] = _Volume(folder / IMAGES, self._lock)
         self._current = number
         self.store.stores = list(self._stores.values())
 
@@ -91,6 +91,27 @@ class CarriedVolumes:
                 continue
             return True
         return False
+
+
+class _Volume(LocalStore):
+    """Read by one worker at a time: a drive is no quicker with several, and a disc that another
+    worker reads from could not be ejected."""
+
+    def __init__(self, folder: Path, lock: threading.RLock) -> None:
+        super().__init__(folder)
+        self._lock = lock
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        with self._lock:
+            return super().read(name, offset, length)
+
+    def size(self, name: str) -> int:
+        with self._lock:
+            return super().size(name)
+
+    def names(self, folder: str) -> Iterator[str]:
+        with self._lock:
+            return iter(list(super().names(folder)))
 
 
 def volume_number(folder: Path) -> int:

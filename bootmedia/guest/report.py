@@ -10,9 +10,12 @@ from http.client import HTTPException
 from time import sleep
 from urllib.request import Request, urlopen
 
-# A server that is asked by a whole room of machines may be slow.
+from imager.fingerprint import read_fingerprint
+
+# A server that is asked by a whole room of machines may be slow; after an early refusal the network
+# may still be coming up.
 _TIMEOUT_SECONDS = 20
-_TRIES, _PAUSE_SECONDS = 3, 2.0
+_TRIES, _PAUSE_SECONDS = 3, 5.0
 
 _MOST_REASON = 300  # bytes; the kernel's log cuts a message off at some 1000
 
@@ -38,8 +41,10 @@ class Result:
 
 
 def post(url: str, result: Result, medium_id: str, note: Callable[[str], object]) -> bool:
-    """Whether the server took it. What fails is only noted."""
-    content = json.dumps({**asdict(result), "medium": medium_id}).encode()
+    """A JSON object: the result, which medium and which machine. Whether the server took it; what
+    fails is only noted."""
+    document = {**asdict(result), "medium": medium_id, "machine": _machine()}
+    content = json.dumps(document).encode()
     for attempt in range(_TRIES):
         if attempt:
             sleep(_PAUSE_SECONDS)
@@ -50,6 +55,17 @@ def post(url: str, result: Result, medium_id: str, note: Callable[[str], object]
         except (OSError, ValueError, HTTPException) as error:
             note(f"the report to {url} failed: {error}")
     return False
+
+
+def _machine() -> dict[str, object]:
+    """What tells this machine from others."""
+    here = read_fingerprint()
+    return {
+        "vendor": here.system_vendor,
+        "product": here.system_product,
+        "serial": here.system_serial,
+        "macs": [card.mac for card in here.network if card.mac],
+    }
 
 
 def _word(text: str) -> str:

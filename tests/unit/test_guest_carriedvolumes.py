@@ -5,19 +5,22 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
 from bootmedia.carried import CarriedImages
+from bootmedia.guest import unattended
 from bootmedia.guest.medium import Medium
 from bootmedia.guest.restoring import carry_out, prepare
 from bootmedia.guest.session import Session
-from bootmedia.job import Job, PinnedDisk, PinnedImage
+from bootmedia.guest.targets import Candidate
+from bootmedia.job import Job, PinnedDisk, PinnedImage, TargetRule, Unattended
 from bootmedia.medium import RECORD_PATH
 from bootmedia.medium import Medium as Record
 from imager.carry import objects_of, source_file
+from imager.diskidentity import DiskIdentity
 from imager.errors import ObjectMissing, RefusedError
 from imager.manifest import Manifest
 from imager.plan import RestoreOptions
@@ -25,6 +28,7 @@ from imager.progress import NullProgress
 from imager.repository import Repository
 from tests.support.commandline import imager
 from tests.support.disks import make_file
+from tests.support.watcher import Watcher
 
 MIB = 1 << 20
 SIZE = 8 * MIB
@@ -150,6 +154,30 @@ def test_the_medium_is_no_target(bench: Bench, monkeypatch: pytest.MonkeyPatch) 
     found = bench.session.find(bench.manifest.id)
     with pytest.raises(RefusedError, match="this rescue medium"):
         prepare(bench.session, found, found.manifest.disks[0], "/dev/null", RestoreOptions())
+
+
+def test_unattended(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody changes the volumes when the screen says so."""
+    target = make_file(tmp_path / "target", SIZE)
+
+    def find_medium(medium_id: str, seconds: float, *, volume: int) -> Medium:
+        assert medium_id == "0123456789abcdef"
+        if not seconds:
+            raise ObjectMissing("not in the drive")
+        return Medium(bench.drive.ask(volume), "/dev/null")
+
+    identity = DiskIdentity(str(target), size=SIZE)
+    monkeypatch.setattr(unattended, "find_medium", find_medium)
+    monkeypatch.setattr(unattended, "candidates", lambda _: [Candidate(str(target), identity)])
+    monkeypatch.setattr(unattended.system, "announce", lambda _: None)
+    rules = (TargetRule(bench.manifest.disks[0].name, "only"),)
+    bench.session.job = replace(
+        bench.session.job, unattended=Unattended(bench.manifest.id, rules, countdown=0)
+    )
+    watcher = Watcher()
+    assert unattended.run(bench.session, [watcher]) == 0, watcher.written
+    assert target.read_bytes() == bench.disk.read_bytes()
+    assert "Put in volume 2 of the medium." in watcher.written
 
 
 def test_it_stays_one_repository_whichever_volume_is_in(bench: Bench) -> None:

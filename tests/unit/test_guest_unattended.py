@@ -7,6 +7,7 @@ import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,18 @@ def test_no_such_image(bench: Bench) -> None:
     assert f"image={bench.manifest.id} target=none reason=the image" in bench.line
 
 
+def test_an_image_with_gaps(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(*arguments: Any) -> restoring.Prepared:
+        prepared = restoring.prepare(*arguments)
+        return replace(prepared, plan=replace(prepared.plan, missing=("512 bytes at byte 0",)))
+
+    monkeypatch.setattr(unattended, "prepare", prepare)
+    watcher = Watcher()
+    assert bench.run(watcher) == 5
+    assert "could not be read when the image was made" in bench.line
+    assert "not in the image, so zeros on the target: 512 bytes at byte 0" in watcher.written
+
+
 def test_another_machine(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     blocker = Reason("blocker", "firmware", "the image boots by UEFI only")
     comparison = Comparison("will not boot", (blocker,))
@@ -233,17 +246,16 @@ def serving(failures: int = 0) -> Iterator[Server]:
 def test_it_is_reported(bench: Bench) -> None:
     with serving(failures=1) as server:
         assert bench.run(report_url=server.url) == 0
-    assert (
-        server.posts[0]
-        == server.posts[1]
-        == {
-            "exit": 0,
-            "image": bench.manifest.id,
-            "targets": [str(bench.target)],
-            "reason": "restored and read back",
-            "medium": "0123456789abcdef",
-        }
-    )
+    first, second = server.posts
+    assert first == second
+    assert set(first.pop("machine")) == {"vendor", "product", "serial", "macs"}
+    assert first == {
+        "exit": 0,
+        "image": bench.manifest.id,
+        "targets": [str(bench.target)],
+        "reason": "restored and read back",
+        "medium": "0123456789abcdef",
+    }
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/", "no address"])
