@@ -28,6 +28,7 @@ TOOLS = (
     Tool("partx", "util-linux", "partitions of a disk that is in use", required=True),
     Tool("losetup", "util-linux", "growing the last partition", required=True),
     Tool("blkid", "util-linux", "names of filesystems", required=True),
+    Tool("findmnt", "util-linux", "looking into an image", required=True),
     Tool("mount", "mount", "mounting with all options"),
     Tool("umount", "mount", "unmounting with all options"),
     Tool("e2fsck", "e2fsprogs", "growing ext4", required=True),

@@ -56,7 +56,8 @@ def objects_of(repository: Repository, manifests: Iterable[Manifest]) -> list[St
     size = repository.store.size
     return [
         *(StoredObject(name, size(name), True) for name in dict.fromkeys(small)),
-        *(StoredObject(name, size(name), False) for name in large),
+        # A plan reads the pages, a restore reads them again: they should not need another medium.
+        *(StoredObject(name, size(name), name in pages) for name in large),
     ]
 
 

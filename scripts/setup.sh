@@ -11,7 +11,7 @@ set -euo pipefail
 # pyparted has no wheels: it is compiled against libparted.
 build="gcc libc6-dev pkg-config libparted-dev"
 runtime="$build e2fsprogs fdisk mount util-linux"
-demo="$runtime dosfstools mtools grub-common grub-pc-bin grub-efi-amd64-bin mmdebstrap
+demo="$runtime dosfstools mtools grub-common grub-pc-bin grub-efi-amd64-bin grub-efi-amd64-signed shim-signed mmdebstrap
       qemu-system-x86 qemu-utils ovmf zstd"
 test="$demo gdisk xfsprogs btrfs-progs ntfs-3g exfatprogs f2fs-tools cryptsetup-bin lvm2 mdadm dmsetup
       thin-provisioning-tools exfat-fuse

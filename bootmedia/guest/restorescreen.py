@@ -73,7 +73,8 @@ def _refusal(candidate: Candidate, taken: dict[str, str]) -> str | None:
 def _ask_options(terminal: Terminal) -> RestoreOptions:
     grow = confirm(terminal, "grow the last partition to fill a larger disk?")
     delta = confirm(terminal, "compare first, and write only what differs?")
-    return RestoreOptions(grow=grow, delta=delta)
+    read_back = confirm(terminal, "read all of it again afterwards, and compare?")
+    return RestoreOptions(grow=grow, delta=delta, read_back=read_back)
 
 
 def _prepare(

@@ -32,7 +32,7 @@ MIB = 1 << 20
 GIB = 1 << 30
 SECTOR = 512
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """Raise it when a change of the code below changes the disk: older cached disks are then unused."""
 
 BOOT_MARKER = "imager-test: system up"
@@ -46,6 +46,8 @@ _PASSWORD_HASH = (
 )
 
 _GRUB = Path("/usr/lib/grub")
+_SHIM = Path("/usr/lib/shim/shimx64.efi.signed")
+_SIGNED_GRUB = Path("/usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed")
 _GRUB_MODULES = (
     "part_gpt",
     "ext2",
@@ -405,31 +407,44 @@ def _install_grub_bios(image: Path, part: Partition, identity: Identity) -> None
 
 
 def _install_grub_uefi(image: Path, part: Partition, identity: Identity) -> None:
-    """Make the ESP with mtools: the kernel of the building machine may lack vfat."""
-    efi = _grub_image("x86_64-efi", [*_GRUB_MODULES, "all_video"], identity)
+    """Make the ESP with mtools: the kernel of the building machine may lack vfat.
+
+    Debian's signed loaders, as its installer puts them, so that it boots under Secure Boot. The
+    signed GRUB reads its grub.cfg from its own folder on the ESP.
+    """
     esp = f"{image}@@{part.offset}"
     with tempfile.TemporaryDirectory() as scratch:
-        program = Path(scratch) / "BOOTX64.EFI"
-        program.write_bytes(efi)
+        config = Path(scratch) / "grub.cfg"
+        config.write_text(_early_config(identity))
         _run(
             # One sector a cluster: with more, so small a filesystem is too small for FAT32.
             *("mkfs.fat", "-F", "32", "-s", "1", "-n", "ESP", "-i", identity.esp_volume),
             *("--offset", str(part.offset // SECTOR), image, str(part.size // 1024)),
         )
         _run("mmd", "-i", esp, "::/EFI", "::/EFI/BOOT", "::/EFI/debian")
-        _run("mcopy", "-i", esp, program, "::/EFI/BOOT/BOOTX64.EFI")
-        _run("mcopy", "-i", esp, program, "::/EFI/debian/grubx64.efi")
+        for source, copy in (
+            (_SHIM, "BOOT/BOOTX64.EFI"),
+            (_SIGNED_GRUB, "BOOT/grubx64.efi"),
+            (_SHIM, "debian/shimx64.efi"),
+            (_SIGNED_GRUB, "debian/grubx64.efi"),
+            (config, "debian/grub.cfg"),
+        ):
+            _run("mcopy", "-i", esp, source, f"::/EFI/{copy}")
+
+
+def _early_config(identity: Identity) -> str:
+    return (
+        f"search --no-floppy --fs-uuid --set=root {identity.root}\n"
+        "set prefix=($root)/boot/grub\n"
+        "configfile $prefix/grub.cfg\n"
+    )
 
 
 def _grub_image(target: str, modules: Sequence[str], identity: Identity) -> bytes:
     """A GRUB program that finds the root filesystem by UUID and reads its grub.cfg."""
     with tempfile.TemporaryDirectory() as scratch:
         early, made = Path(scratch) / "early.cfg", Path(scratch) / "grub.img"
-        early.write_text(
-            f"search --no-floppy --fs-uuid --set=root {identity.root}\n"
-            "set prefix=($root)/boot/grub\n"
-            "configfile $prefix/grub.cfg\n"
-        )
+        early.write_text(_early_config(identity))
         _run(
             "grub-mkimage",
             f"--directory={_GRUB / target}",

@@ -476,7 +476,7 @@ def verdict(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Callable[[Verdict]
 
 
 def test_restore(bench: Bench, verdict: Callable[[Verdict], None]) -> None:
-    screen = bench.run("1", "1", "2", "1", "", "", "target", "n")
+    screen = bench.run("1", "1", "2", "1", "", "", "", "target", "n")
     assert bench.target.read_bytes() == CONTENT
     assert "/dev/sdz of unknown size (this rescue medium)" in screen
     assert "this one cannot be chosen: this rescue medium" in screen
@@ -488,7 +488,7 @@ def test_restore(bench: Bench, verdict: Callable[[Verdict], None]) -> None:
 
 
 def test_restore_and_restart(bench: Bench, verdict: Callable[[Verdict], None]) -> None:
-    assert bench.end("1", "1", "1", "y", "y", str(bench.target), "y")[0] == "reboot"
+    assert bench.end("1", "1", "1", "y", "y", "y", str(bench.target), "y")[0] == "reboot"
     assert bench.target.read_bytes() == CONTENT
 
 
@@ -498,10 +498,10 @@ def test_restore_and_restart(bench: Bench, verdict: Callable[[Verdict], None]) -
         [""],
         ["1", ""],
         ["1", "1", KeyboardInterrupt()],
-        ["1", "1", "", "", ""],
-        ["1", "1", "", "", "Target"],
-        ["1", "1", "", "", "sda"],
-        ["1", "1", "", "", KeyboardInterrupt()],
+        ["1", "1", "", "", "", ""],
+        ["1", "1", "", "", "", "Target"],
+        ["1", "1", "", "", "", "sda"],
+        ["1", "1", "", "", "", KeyboardInterrupt()],
     ],
 )
 def test_nothing_is_written_without_the_name(
@@ -514,18 +514,18 @@ def test_nothing_is_written_without_the_name(
 
 def test_what_will_not_boot_needs_a_word(bench: Bench, verdict: Callable[[Verdict], None]) -> None:
     verdict("will not boot")
-    screen = bench.run("1", "1", "1", "", "", "y")
+    screen = bench.run("1", "1", "1", "", "", "", "y")
     assert "firmware: the image wants UEFI" in screen
     assert "It will not boot in this machine. To go on, type anyway:" in screen
-    bench.run("1", "1", "1", "", "", "anyway", "other")
+    bench.run("1", "1", "1", "", "", "", "anyway", "other")
     assert not any(bench.target.read_bytes())
-    bench.run("1", "1", "1", "", "", "anyway", "target", "")
+    bench.run("1", "1", "1", "", "", "", "anyway", "target", "")
     assert bench.target.read_bytes() == CONTENT
 
 
 def test_a_refused_plan_leads_back(bench: Bench, verdict: Callable[[Verdict], None]) -> None:
     bench.target.write_bytes(bytes(MIB))
-    screen = bench.run("1", "1", "1", "", "")
+    screen = bench.run("1", "1", "1", "", "", "")
     assert "Refused:" in screen
     assert "refused, nothing was written" in screen
     assert not any(bench.target.read_bytes())
@@ -537,10 +537,10 @@ def test_a_restore_is_stopped_and_gone_on_with(
     with monkeypatch.context() as patch:
         patch.setattr(console, "_REDRAW_SECONDS", 0)
         patch.setattr(FakeTerminal, "check_interrupt", interrupt)
-        screen = bench.run("1", "1", "1", "", "", "target")
+        screen = bench.run("1", "1", "1", "", "", "", "target")
     assert screen.count("menu, 1 to 9") == 2
     assert bench.target.read_bytes() != CONTENT
-    screen = bench.run("1", "1", "1", "", "", "target", "")
+    screen = bench.run("1", "1", "1", "", "", "", "target", "")
     assert "this restore was begun there before" in screen
     assert bench.target.read_bytes() == CONTENT
 
@@ -553,13 +553,13 @@ def test_no_restore_while_another_terminal_works(
     bench: Bench, verdict: Callable[[Verdict], None]
 ) -> None:
     with at_work(bench.session):
-        assert "another terminal is at work" in bench.run("1", "1", "1", "", "")
+        assert "another terminal is at work" in bench.run("1", "1", "1", "", "", "")
 
 
 def test_an_image_of_two_disks(bench: Bench, verdict: Callable[[Verdict], None]) -> None:
     disks = tuple(memory_disk(MemorySource(CONTENT), name=name) for name in ("sda", "sdb"))
     capture(CaptureJob(disks=disks, name="pair"), bench.repository, NullProgress())
-    screen = bench.run("1", "1", "1", "1", "l", "", "", "target", "")
+    screen = bench.run("1", "1", "1", "1", "l", "", "", "", "target", "")
     assert "this one cannot be chosen: chosen for sda" in screen
     assert bench.target.read_bytes() == CONTENT
     screen = bench.run("1", "1", "l", "l")
