@@ -57,6 +57,8 @@ class BuildOptions:
     volume_size: int | None = None
     repositories: tuple[str, ...] = ()
     unattended: Unattended | None = None
+    pinned: tuple[PinnedImage, ...] = ()
+    """Images that the medium names and does not carry."""
     network: NetworkSetup = field(default_factory=NetworkSetup)
     ssh_keys: tuple[str, ...] = ()
     kernel_args: str = ""
@@ -192,7 +194,7 @@ def _make_job(options: BuildOptions, system: _System, carried: Carried | None) -
         least_memory=system.least_memory,
         layers=LAYERS,
         volumes=0,
-        images=carried.images if carried else (),
+        images=(*(carried.images if carried else ()), *options.pinned),
         repositories=options.repositories,
         unattended=options.unattended,
         network=options.network,

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from bootmedia.fat import fat_image
 from bootmedia.grub import CONFIG_PATH, GRUB_FOLDER, early_config, efi_image
-from imager.errors import UsageError
 
 SHIM_FOLDER = Path("/usr/lib/shim")
 
@@ -22,9 +21,6 @@ _FALLBACK_FOLDER = "EFI/BOOT"
 _GRUB_NAME = "grubx64.efi"
 _MOK_MANAGER_NAME = "mmx64.efi"
 _LABEL = "IMAGER"
-
-# pycdlib counts an El Torito image's sectors of 512 bytes in 16 bits.
-ESP_SIZE_LIMIT = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -97,15 +93,12 @@ def esp_image(loaders: SignedLoaders, medium_id: str, created: int) -> bytes:
 
     Raises ToolError when there is neither a signed GRUB nor the parts of an own one.
     """
-    image = fat_image(
+    return fat_image(
         _esp_files(loaders, medium_id),
         serial=int(medium_id[:8], 16),
         label=_LABEL,
         created=created,
     )
-    if len(image) >= ESP_SIZE_LIMIT:
-        raise UsageError(f"the boot loaders take {len(image)} bytes; El Torito allows 32 MiB")
-    return image
 
 
 def _esp_files(loaders: SignedLoaders, medium_id: str) -> dict[str, bytes]:

@@ -125,8 +125,9 @@ def _tree(files: Mapping[str, bytes]) -> _Folder:
         folder = root
         for part in parents:
             folder = folder.folders.setdefault(_checked(part, path), _Folder())
-        if folder.files.setdefault(_checked(name, path), content) is not content:
+        if _checked(name, path) in folder.files:
             raise UsageError(f"FAT: {path} is there twice")
+        folder.files[name] = content
     return root
 
 

@@ -43,6 +43,7 @@ _NAME_LIMIT = 250
 _FOLDERS_LIMIT = 7
 _BIOS_LOAD_SECTORS = 4
 _EFI_PLATFORM = 0xEF
+# pycdlib counts an El Torito image's sectors of 512 bytes in 16 bits.
 _EFI_SIZE_LIMIT = 32 << 20
 _SMALL_FILE = 16 << 20
 
@@ -370,12 +371,9 @@ def _expect_stamp(item: _Item, descriptor: int) -> None:
 
 def _put(output: int, piece: bytes | memoryview, offset: int) -> None:
     view = memoryview(piece)
-    try:
-        while view:
-            count = os.pwrite(output, view, offset)
-            view, offset = view[count:], offset + count
-    except OSError as error:
-        raise ImagerError(f"the ISO can't be written: {error.strerror}") from None
+    while view:
+        count = os.pwrite(output, view, offset)
+        view, offset = view[count:], offset + count
 
 
 def _make_hybrid(plan: IsoPlan, boot: BootImages, blocks: Mapping[str, int], output: int) -> None:
@@ -413,6 +411,9 @@ def _appearing(path: Path) -> Iterator[BinaryIO]:
             yield file
         partial.replace(path)
         _sync_folder(path.parent)
+    except OSError as error:  # those of the sources became SourceErrors where they were read
+        partial.unlink(missing_ok=True)
+        raise ImagerError(f"{path}: can't be written: {error.strerror}") from None
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

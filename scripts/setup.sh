@@ -10,12 +10,14 @@ set -euo pipefail
 
 # pyparted has no wheels: it is compiled against libparted.
 build="gcc libc6-dev pkg-config libparted-dev"
-runtime="$build e2fsprogs fdisk mount util-linux"
-demo="$runtime dosfstools mtools grub-common grub-pc-bin grub-efi-amd64-bin grub-efi-amd64-signed shim-signed mmdebstrap
-      qemu-system-x86 qemu-utils ovmf zstd"
-test="$demo gdisk xfsprogs btrfs-progs ntfs-3g exfatprogs f2fs-tools cryptsetup-bin lvm2 mdadm dmsetup
+# What rescue media are made of.
+media="grub-common grub-pc-bin grub-efi-amd64-bin grub-efi-amd64-signed shim-signed busybox-static
+       dropbear-bin fuse3 xfsprogs btrfs-progs"
+runtime="$build e2fsprogs fdisk mount util-linux $media"
+demo="$runtime dosfstools mtools mmdebstrap qemu-system-x86 qemu-utils ovmf zstd"
+test="$demo gdisk xorriso genisoimage ntfs-3g exfatprogs f2fs-tools cryptsetup-bin lvm2 mdadm dmsetup
       thin-provisioning-tools exfat-fuse
-      fuse3 attr acl"
+      attr acl"
 bench="$demo partclone borgbackup time"
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bootmedia.build import BuildOptions, Built
     from bootmedia.carried import CarriedImages
     from bootmedia.check import Attempt, Mode
-    from bootmedia.job import NetworkSetup, TargetRule, Unattended
+    from bootmedia.job import NetworkSetup, PinnedImage, TargetRule, Unattended
     from bootmedia.write import WritePlan
     from imager.manifest import Manifest
     from imager.repository import Repository
@@ -126,6 +126,7 @@ def build(
     repository = open_repository(repo) if image or unattended else None
     manifests = _distinct([repository.find(text) for text in image or []] if repository else [])
     plan = None
+    named: list[Manifest] = []
     if unattended and repository:
         plan, manifest = _unattended(
             [_rule(text) for text in unattended],
@@ -135,7 +136,9 @@ def build(
             then=then,
             report_url=report_url,
         )
-        if manifest.id not in {carried.id for carried in manifests} and not fetch:
+        if manifest.id not in {carried.id for carried in manifests}:
+            named.append(manifest)
+        if named and not fetch:
             raise UsageError(
                 f"the medium could not reach {manifest.id} to restore it unattended",
                 hint=f"carry it: --image {manifest.id}; or say from where: --fetch URL",
@@ -154,6 +157,7 @@ def build(
         volume_size=split_at,
         repositories=tuple(fetch or ()),
         unattended=plan,
+        pinned=tuple(map(_pinned, named)),
         network=connection,
         ssh_keys=keys,
         kernel_args=kernel_args,
@@ -335,7 +339,6 @@ def _carried(
 ) -> CarriedImages | None:
     """The images' objects, as files: where they are, or fetched until the stack is closed."""
     from bootmedia.carried import CarriedImages, StoredObject
-    from bootmedia.job import PinnedDisk, PinnedImage
     from imager import carry
 
     if not manifests:
@@ -349,11 +352,15 @@ def _carried(
         wanted = carry.StoredObject(item.name, item.size, item.everywhere)
         return local / item.name if local else carry.fetch(store, wanted, scratch)
 
-    pins = [
-        PinnedImage(m.id, m.name, tuple(PinnedDisk(disk.name, disk.root) for disk in m.disks))
-        for m in manifests
-    ]
-    return CarriedImages(tuple(pins), tuple(carry.objects_of(repository, manifests)), source)
+    pins = tuple(map(_pinned, manifests))
+    return CarriedImages(pins, tuple(carry.objects_of(repository, manifests)), source)
+
+
+def _pinned(manifest: Manifest) -> PinnedImage:
+    from bootmedia.job import PinnedDisk, PinnedImage
+
+    disks = tuple(PinnedDisk(disk.name, disk.root) for disk in manifest.disks)
+    return PinnedImage(manifest.id, manifest.name, disks)
 
 
 def _kernel_choice(text: str | None) -> tuple[Path | None, str | None]:
