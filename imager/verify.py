@@ -17,6 +17,7 @@ from imager.manifest import Disk, Manifest
 from imager.pack import Decoder, Pack, pack_name
 from imager.pipeline import Buffer, BufferPool, PerThread, run_pipeline, span_size, worker_count
 from imager.progress import Progress
+from imager.references import used_packs
 from imager.repository import Repository
 
 _READ_AHEAD = 2
@@ -141,33 +142,8 @@ class _Verifier:
     # --- packs ---
 
     def _needed_packs(self, manifests: list[Manifest]) -> set[bytes]:
-        """Every pack that the images refer to, as far as their maps can be read."""
-        packs: set[bytes] = set()
-        seen: set[Place] = set()
-        for manifest in manifests:
-            for disk in manifest.disks:
-                packs.add(disk.top.pack)
-                for place in self._places(disk, seen):
-                    packs.add(place.pack)
-        return packs
-
-    def _places(self, disk: Disk, seen: set[Place]) -> Iterator[Place]:
-        """All places in the pages of a disk's map; damaged pages are reported later."""
-        todo = [(disk.top, disk.height)]
-        while todo:
-            place, level = todo.pop()
-            if place in seen:
-                continue
-            seen.add(place)
-            try:
-                page = self._repository.page(place)
-            except ImagerError:
-                continue
-            for below in page.places:
-                if below is not None:
-                    yield below
-                    if level and page.level == level:
-                        todo.append((below, level - 1))
+        """As far as the maps can be read: damaged pages are reported later."""
+        return used_packs(self._repository, manifests, on_damage=lambda _: None)
 
     def _open_pack(self, pack_id: bytes) -> Pack | None:
         try:
