@@ -97,6 +97,7 @@ class _Verifier:
         self._broken_packs: dict[bytes, str] = {}
         self._decoders = PerThread(Decoder)
         self._workers = worker_count()
+        self._needed: set[bytes] = set()
         self._depth = self._workers + _READ_AHEAD
         self._group_size = span_size(self._depth, repository.block_size)
 
@@ -111,12 +112,13 @@ class _Verifier:
         """The images and the packs that they need, and ``pack_ids`` besides."""
         manifests = [manifest for image in image_ids if (manifest := self._manifest(image))]
         self._result.images = len(manifests)
-        needed = sorted({*self._needed_packs(manifests), *pack_ids})
+        self._needed = self._needed_packs(manifests)
+        packs = sorted(self._needed.union(pack_ids))
         if self._quick:
-            for pack_id in needed:
+            for pack_id in packs:
                 self._open_pack(pack_id)
         else:
-            self._check_packs(needed)
+            self._check_packs(packs)
         for manifest in manifests:
             for disk in manifest.disks:
                 self._check_disk(manifest, disk)
@@ -149,6 +151,8 @@ class _Verifier:
         try:
             pack = Pack(self._repository.store, pack_id)
         except ImagerError as error:
+            if isinstance(error, ObjectMissing) and pack_id not in self._needed:
+                return None  # removed by a gc meanwhile
             self._broken_packs[pack_id] = error.message
             self._result.pack_faults.append(error.message)
             return None
