@@ -212,6 +212,23 @@ class Repository:
         """Remove an image. Its blocks stay until a gc."""
         self.store.delete(_manifest_name(image_id))
 
+    # --- pins ---
+
+    def pins(self) -> set[str]:
+        """Ids of the images that must not be removed."""
+        names = (name.rpartition("/")[2] for name in self.store.names("pins"))
+        return {name.removesuffix(".json") for name in names if name.endswith(".json")}
+
+    def pin(self, image_id: str, reason: str) -> None:
+        """Pinning again changes nothing, the reason included."""
+        document = new_document("pin", id=image_id, reason=reason, pinned=utc_now())
+        with suppress(ObjectExists):
+            self.store.create(f"pins/{image_id}.json", seal(document))
+
+    def unpin(self, image_id: str) -> None:
+        with suppress(ObjectMissing):
+            self.store.delete(f"pins/{image_id}.json")
+
     # --- sessions and trash ---
 
     def open_session(self, image_id: str, document: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from imager.manifest import Disk, Manifest
 from imager.pack import Decoder, Pack, pack_name
 from imager.pipeline import Buffer, BufferPool, PerThread, run_pipeline, span_size, worker_count
 from imager.progress import Progress
+from imager.references import used_packs
 from imager.repository import Repository
 
 _READ_AHEAD = 2
@@ -96,6 +97,7 @@ class _Verifier:
         self._broken_packs: dict[bytes, str] = {}
         self._decoders = PerThread(Decoder)
         self._workers = worker_count()
+        self._needed: set[bytes] = set()
         self._depth = self._workers + _READ_AHEAD
         self._group_size = span_size(self._depth, repository.block_size)
 
@@ -110,12 +112,13 @@ class _Verifier:
         """The images and the packs that they need, and ``pack_ids`` besides."""
         manifests = [manifest for image in image_ids if (manifest := self._manifest(image))]
         self._result.images = len(manifests)
-        needed = sorted({*self._needed_packs(manifests), *pack_ids})
+        self._needed = self._needed_packs(manifests)
+        packs = sorted(self._needed.union(pack_ids))
         if self._quick:
-            for pack_id in needed:
+            for pack_id in packs:
                 self._open_pack(pack_id)
         else:
-            self._check_packs(needed)
+            self._check_packs(packs)
         for manifest in manifests:
             for disk in manifest.disks:
                 self._check_disk(manifest, disk)
@@ -141,38 +144,15 @@ class _Verifier:
     # --- packs ---
 
     def _needed_packs(self, manifests: list[Manifest]) -> set[bytes]:
-        """Every pack that the images refer to, as far as their maps can be read."""
-        packs: set[bytes] = set()
-        seen: set[Place] = set()
-        for manifest in manifests:
-            for disk in manifest.disks:
-                packs.add(disk.top.pack)
-                for place in self._places(disk, seen):
-                    packs.add(place.pack)
-        return packs
-
-    def _places(self, disk: Disk, seen: set[Place]) -> Iterator[Place]:
-        """All places in the pages of a disk's map; damaged pages are reported later."""
-        todo = [(disk.top, disk.height)]
-        while todo:
-            place, level = todo.pop()
-            if place in seen:
-                continue
-            seen.add(place)
-            try:
-                page = self._repository.page(place)
-            except ImagerError:
-                continue
-            for below in page.places:
-                if below is not None:
-                    yield below
-                    if level and page.level == level:
-                        todo.append((below, level - 1))
+        """As far as the maps can be read: damaged pages are reported later."""
+        return used_packs(self._repository, manifests, on_damage=lambda _: None)
 
     def _open_pack(self, pack_id: bytes) -> Pack | None:
         try:
             pack = Pack(self._repository.store, pack_id)
         except ImagerError as error:
+            if isinstance(error, ObjectMissing) and pack_id not in self._needed:
+                return None  # removed by a gc meanwhile
             self._broken_packs[pack_id] = error.message
             self._result.pack_faults.append(error.message)
             return None

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from imager import __version__
-from imager.cli import images, media, repo, restoring, sources, verifying
+from imager.cli import images, media, removing, repo, restoring, sources, verifying
 
 _HELP = """Image disks below the filesystem, and bring whole servers back.
 
@@ -48,6 +48,10 @@ app.command("diff")(images.diff)
 app.command("verify")(verifying.verify)
 app.command("plan")(restoring.plan)
 app.command("restore")(restoring.restore)
-app.command("rm")(images.remove)
+app.command("rm")(removing.remove)
+app.command("pin")(removing.pin)
+app.command("unpin")(removing.unpin)
+app.command("prune")(removing.prune)
+app.command("gc")(removing.gc)
 app.add_typer(repo.app, name="repo")
 app.add_typer(media.app, name="media")

@@ -1,4 +1,4 @@
-"""imager list, show, map, diff, rm."""
+"""imager list, show, map, diff."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from imager.cli.options import (
     RepoOption,
     find_disk,
     find_disks,
-    find_image,
     open_repository,
 )
 from imager.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
     from imager.manifest import Disk, Manifest
-    from imager.repository import Repository
 
 
 def list_images(
@@ -124,28 +122,6 @@ def diff(
     print(f"{show_bytes(difference.changed_bytes)} in {len(rows)} ranges differ")
 
 
-def remove(
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE...")],
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    repo: RepoOption = None,
-    json: JsonOption = False,
-) -> None:
-    """Remove images. Blocks that other images share stay."""
-    from imager.cli.asking import confirm
-    from imager.units import count_of
-
-    repository = open_repository(repo)
-    ids = list(dict.fromkeys(_id_to_remove(repository, text) for text in images))
-    if not yes:
-        confirm(f"Remove {count_of(len(ids), 'image')}: {', '.join(ids)}?")
-    for image_id in ids:
-        repository.remove(image_id)
-    if json:
-        print_json({"removed": ids})
-    else:
-        print(f"{count_of(len(ids), 'image')} removed; the space of their blocks is kept")
-
-
 def _write_picture(path: Path, picture: str) -> None:
     from imager.errors import ImagerError
 
@@ -153,11 +129,6 @@ def _write_picture(path: Path, picture: str) -> None:
         path.write_text(picture)
     except OSError as error:
         raise ImagerError(f"cannot write {path}: {error.strerror}") from None
-
-
-def _id_to_remove(repository: Repository, text: str) -> str:
-    """A whole id need not have a sound manifest to be removed."""
-    return text if text in repository.image_ids() else find_image(repository, text).id
 
 
 def _marks(manifest: Manifest) -> list[str]:

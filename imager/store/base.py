@@ -62,6 +62,9 @@ class WriteStore(ReadStore, Protocol):
 
     def delete(self, name: str) -> None: ...
 
+    def clear_leftovers(self) -> None:
+        """Remove what interrupted writers left beside the objects."""
+
 
 class ReadOnly:
     """The writing half of a store that can only be read. Every method raises UsageError."""
@@ -78,6 +81,9 @@ class ReadOnly:
 
     def delete(self, name: str) -> None:
         check_name(name)
+        self._refuse()
+
+    def clear_leftovers(self) -> None:
         self._refuse()
 
     def _refuse(self) -> NoReturn:

@@ -28,6 +28,8 @@ _RENAME_NOREPLACE = 1  # linux/fs.h
 _CHUNK_SIZE = 2 << 20
 _ALIGNMENT = 4096
 
+_LEFTOVER_SECONDS = 24 * 3600
+
 
 class LocalStore:
     def __init__(self, folder: Path) -> None:
@@ -84,6 +86,23 @@ class LocalStore:
             _sync_folder(self._path(name).parent)
         except OSError as error:
             self._fail(name, error)
+
+    def clear_leftovers(self) -> None:
+        """Remove what interrupted writers left: files that nobody wrote to for a day.
+
+        By the clock of the filesystem, which on a network folder is another machine's.
+        """
+        folder = self.folder / _TEMPORARY
+        if not folder.is_dir():
+            return
+        with suppress(OSError):
+            mark = folder / f"{os.getpid()}-{secrets.token_hex(8)}"
+            mark.touch()
+            now = mark.stat().st_mtime
+            mark.unlink()
+            for file in folder.iterdir():
+                if now - file.stat().st_mtime > _LEFTOVER_SECONDS:
+                    file.unlink()
 
     def _path(self, name: str) -> Path:
         return self.folder / check_name(name)
