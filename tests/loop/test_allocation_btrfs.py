@@ -26,6 +26,7 @@ from imager.allocation.btrfs.superblock import (
     read_superblock,
 )
 from imager.allocation.btrfs.tree import Item
+from imager.allocation.model import NotRecognized
 from imager.blocksource import FileSource
 from imager.errors import ImagerError
 from imager.extents import Extents
@@ -550,7 +551,7 @@ def _copies_with_log_tree(folder: Path, paths: Sequence[Path]) -> list[Path]:
         _write(folder / "news", random.Random(attempt))
         _sync(folder / "news")
         before = _superblocks(paths)
-        if not all(superblock.log_root for superblock in before):
+        if not before or not all(superblock.log_root for superblock in before):
             continue
         copies = [Path(shutil.copy(path, path.with_suffix(".copy"))) for path in paths]
         if before == _superblocks(paths):
@@ -559,8 +560,10 @@ def _copies_with_log_tree(folder: Path, paths: Sequence[Path]) -> list[Path]:
 
 
 def _superblocks(paths: Sequence[Path]) -> list[Superblock]:
-    with contextlib.ExitStack() as stack:
+    """None of them while the kernel writes them: the copies on a disk differ then."""
+    with contextlib.ExitStack() as stack, contextlib.suppress(NotRecognized):
         return [read_superblock(stack.enter_context(FileSource(path))) for path in paths]
+    return []
 
 
 class _History(NamedTuple):
