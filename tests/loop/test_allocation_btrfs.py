@@ -26,9 +26,8 @@ from imager.allocation.btrfs.superblock import (
     read_superblock,
 )
 from imager.allocation.btrfs.tree import Item
-from imager.allocation.model import NotRecognized
 from imager.blocksource import FileSource
-from imager.errors import ImagerError
+from imager.errors import ImagerError, NotRecognized
 from imager.extents import Extents
 from imager.layout import read_layouts
 from imager.loopdevice import loop_device
