@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -437,41 +438,51 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _verify(path: Path, written: Sequence[WrittenFile], progress: Progress) -> IsoInfo:
-    """Hash every file where the ISO's directories say that it is, and the ISO as a whole."""
-    with path.open("rb", buffering=0) as file:
+    """Read the ISO once from end to end: hash every file where the ISO's directories say that it
+    is, and the ISO as a whole."""
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as worker:
         size = os.fstat(file.fileno()).st_size
-        progress.start("verify", size + sum(item.size for item in written))
+        progress.start("verify", size)
         extents = _extents(file)
-        for item in written:
-            digest = _digest(file.fileno(), extents.get(item.path, []), item, progress)
-            if digest != item.digest:
-                raise IntegrityError(
-                    f"{path}: {item.path} does not hold what was written",
-                    hint="the disk that it is written to may be broken: try another one",
-                )
+        hashers = {item.path: blake3() for item in written}
+        runs = [(*run, item.path) for item in written for run in extents.get(item.path, [])]
         whole = hashlib.sha256()
-        for piece in _read_pieces(file.fileno(), 0, size, str(path)):
-            whole.update(piece)
+        hashing = worker.submit(whole.update, b"")
+        for piece, name in _pieces_of_all(file, sorted(runs), size):
+            if name is not None:
+                hashers[name].update(piece)
+            hashing.result()
+            # The slower hash works while the next piece is read.
+            hashing = worker.submit(whole.update, piece)
             progress.advance(len(piece))
+    for item in written:
+        found = sum(length for _, length in extents.get(item.path, []))
+        if (found, hashers[item.path].hexdigest()) != (item.size, item.digest):
+            raise IntegrityError(
+                f"{path}: {item.path} does not hold what was written",
+                hint="the disk that it is written to may be broken: try another one",
+            )
     return IsoInfo(size, whole.hexdigest(), tuple(written))
 
 
-def _digest(
-    descriptor: int, extents: Sequence[tuple[int, int]], item: WrittenFile, progress: Progress
-) -> str:
-    if sum(length for _, length in extents) != item.size:
-        return ""
-    hasher = blake3()
-    for offset, length in extents:
-        for piece in _read_pieces(descriptor, offset, length, item.path):
-            hasher.update(piece)
-            progress.advance(len(piece))
-    return hasher.hexdigest()
-
-
-def _read_pieces(descriptor: int, offset: int, length: int, where: str) -> Iterator[bytes]:
-    for start in range(offset, offset + length, _CHUNK):
-        yield _exactly(descriptor, start, min(_CHUNK, offset + length - start), where)
+def _pieces_of_all(
+    file: io.FileIO, runs: Sequence[tuple[int, int, str]], size: int
+) -> Iterator[tuple[memoryview, str | None]]:
+    """The ISO in pieces, and whose they are; each is good until the next but one is asked for.
+    ``runs``: (offset, length, path of a file), sorted."""
+    buffers = [memoryview(bytearray(_CHUNK)) for _ in range(2)]
+    position = 0
+    for offset, length, path in (*runs, (size, 0, "")):
+        if not position <= offset <= size - length:
+            raise IntegrityError(f"{file.name}: {path} lies over another file or behind the end")
+        for end, name in ((offset, None), (offset + length, path)):
+            while position < end:
+                buffers.reverse()
+                count = os.preadv(file.fileno(), [buffers[0][: end - position]], position)
+                if not count:
+                    raise IntegrityError(f"{file.name}: ends before byte {size}")
+                position += count
+                yield buffers[0][:count], name
 
 
 def _exactly(descriptor: int, offset: int, length: int, where: str) -> bytes:

@@ -12,8 +12,9 @@ from tests.machines.qemu import Machine
 
 CHECKOUT = Path(__file__).parents[2]
 
-READY = r"imager-rescue: ready .*"
-RESULT = r"imager-rescue: result exit=(\d+) .*"
+# Whole lines: the end of one may come later than its start.
+READY = r"imager-rescue: ready .*\n"
+RESULT = r"imager-rescue: result exit=(\d+) .*\n"
 READY_SECONDS = 150
 """15 to 25 s on an idle machine of two cores, several times that on a loaded one."""
 
