@@ -17,9 +17,11 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import monotonic, sleep
 
-from bootmedia.moduleindex import ModuleIndex
+from bootmedia.moduleindex import ModuleIndex, normal_name
 from imager.errors import ImagerError
+from imager.sysfs import entries, read_text
 
 # linux/netlink.h; group 1 is what the kernel itself sends, udev's messages have another.
 _NETLINK_KOBJECT_UEVENT = 15
@@ -31,6 +33,11 @@ _NOT_WANTED = ("cpu:",)
 
 # What has no hardware of its own: a medium's filesystem, files as disks, filesystems in user space.
 FIRST_MODULES = ("loop", "isofs", "fuse")
+
+# bInterfaceClass of a disk or stick (USB Mass Storage Class Specification Overview).
+_MASS_STORAGE = "08"
+
+_LOOK_AGAIN_SECONDS = 0.1
 
 _MAGICS: tuple[tuple[bytes, Callable[[bytes], bytes]], ...] = (
     (b"\xfd7zXZ\0", lzma.decompress),
@@ -56,8 +63,10 @@ class Drivers:
         with self._lock:
             if self._index.is_builtin(name):
                 return True
-            paths = self._index.load_order(name)
-            return bool(paths) and all(self._insert(path) for path in paths)
+            # One that fails stops none: soft dependencies may, and the kernel knows real ones.
+            loaded = {path: self._insert(path) for path in self._index.load_order(name)}
+            own = self._index.paths.get(normal_name(name))
+            return own is not None and loaded[own]
 
     def load_for(self, modalias: str) -> None:
         """Load what serves a device."""
@@ -112,6 +121,33 @@ class Drivers:
             self.failures.append(f"{name}: {error}")
             return False
         return True
+
+
+def wait_for_disks(quiet: float, longest: float, sys_root: Path = Path("/")) -> bool:
+    """Until each USB disk has its node, and none of any kind has come for ``quiet`` seconds.
+
+    The kernel looks at a USB disk a second after it has found it (usb-storage's delay_use), and
+    other disks come late as well: who asks too early misses some. Returns False when ``longest``
+    seconds were not enough.
+    """
+    begun = changed = monotonic()
+    known: set[str] = set()
+    while (now := monotonic()) - begun < longest:
+        present = {entry.name for entry in entries(sys_root / "sys/class/block")}
+        if present != known:
+            known, changed = present, now
+        if now - changed >= quiet and not _awaits_usb_disk(sys_root):
+            return True
+        sleep(_LOOK_AGAIN_SECONDS)
+    return False
+
+
+def _awaits_usb_disk(sys_root: Path) -> bool:
+    return any(
+        read_text(interface / "bInterfaceClass") == _MASS_STORAGE
+        and not any(interface.glob("host*/target*/*/block/*"))
+        for interface in entries(sys_root / "sys/bus/usb/devices")
+    )
 
 
 def added_modalias(message: bytes) -> str | None:
@@ -169,7 +205,10 @@ def _unpacked(content: bytes) -> bytes:
 def _unzstd(content: bytes) -> bytes:
     import zstandard
 
-    return zstandard.ZstdDecompressor().decompressobj().decompress(content)
+    try:
+        return zstandard.ZstdDecompressor().decompressobj().decompress(content)
+    except zstandard.ZstdError as error:
+        raise ImagerError(str(error)) from None
 
 
 def _modaliases() -> Iterator[str]:

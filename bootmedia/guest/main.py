@@ -11,7 +11,7 @@ from time import sleep
 
 from bootmedia.guest import ssh, system
 from bootmedia.guest.bootentry import EFIVARS
-from bootmedia.guest.coldplug import FIRST_MODULES, Drivers
+from bootmedia.guest.coldplug import FIRST_MODULES, Drivers, wait_for_disks
 from bootmedia.guest.console import Terminal, open_terminals
 from bootmedia.guest.log import Log
 from bootmedia.guest.medium import Medium, find_medium
@@ -20,6 +20,10 @@ from bootmedia.guest.session import Session
 from bootmedia.job import Job
 from imager.errors import ImagerError
 from imager.process import run
+
+# A person who misses a disk looks again; a rule must know all disks before it takes one.
+_MENU_QUIET, _MENU_LONGEST = 0, 5
+_RULE_QUIET, _RULE_LONGEST = 5, 60
 
 
 def main() -> None:
@@ -33,6 +37,7 @@ def main() -> None:
         terminals = [stack.enter_context(terminal) for terminal in open_terminals()]
         _greet(terminals)
         medium = _find_medium(job, log)
+        _wait_for_disks(job, log)
         _start_ssh(job, log)
         with Session(job, medium, log=log) as session:
             end = _unattended(session, terminals) or _menus(session, terminals, network)
@@ -89,6 +94,15 @@ def _find_medium(job: Job, log: Log) -> Medium | None:
         return None
     log.add(f"the medium is {medium.device}")
     return medium
+
+
+def _wait_for_disks(job: Job, log: Log) -> None:
+    if job.unattended is None:
+        complete = wait_for_disks(_MENU_QUIET, _MENU_LONGEST)
+    else:
+        complete = wait_for_disks(_RULE_QUIET, _RULE_LONGEST)
+    if not complete:
+        log.add("some disks may still be missing: the kernel has not finished looking at them")
 
 
 def _start_ssh(job: Job, log: Log) -> None:

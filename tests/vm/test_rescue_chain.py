@@ -34,6 +34,7 @@ WAYS: dict[str, tuple[Firmware, str, Bus]] = {
     "uefi-usb-to-nvme": ("uefi", "usb", "nvme"),
     "secure-boot-cd-to-sata": ("secure-boot", "cdrom", "sata"),
     "bios-usb-to-scsi": ("bios", "usb", "scsi"),
+    "uefi-cd-to-usb": ("uefi", "cdrom", "usb"),
 }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from imager.repository import Repository
-from tests.machines.qemu import Disk, Machine, Network
+from tests.machines.qemu import Bus, Disk, Machine, Network
 from tests.support.disks import MIB, make_sparse
 from tests.support.httpserver import range_server
 from tests.vm.rescue import READY, READY_SECONDS, RESULT, build
@@ -137,10 +137,15 @@ def test_power_cut(only: Path, repository: Path, receiver: Receiver, tmp_path: P
     assert same_bytes(target, outside)
 
 
-def test_several_disks_fit(only: Path, receiver: Receiver, tmp_path: Path) -> None:
-    """It is refused, and the menu follows for a person to choose."""
+@pytest.mark.parametrize("other", ["virtio", "usb"])
+def test_several_disks_fit(other: Bus, only: Path, receiver: Receiver, tmp_path: Path) -> None:
+    """It is refused, and the menu follows for a person to choose. A USB disk comes a second later
+    than the rest, and once was missed: the other disk was overwritten."""
     targets = [make_sparse(tmp_path / f"{n}.img", 128 * MIB) for n in range(2)]
-    disks = [Disk(file, "virtio", file.stem, keep=True) for file in targets]
+    buses: tuple[Bus, Bus] = ("virtio", other)
+    disks = [
+        Disk(file, bus, file.stem, keep=True) for file, bus in zip(targets, buses, strict=True)
+    ]
     with (
         seconds_of("ambiguous target"),
         Machine(cdrom=only, disks=disks, network=Network()) as machine,
