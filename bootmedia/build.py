@@ -22,7 +22,14 @@ from bootmedia.grub import Menu, bios_image, hybrid_boot_sector
 from bootmedia.iso import BootImages, IsoFile, IsoInfo, IsoPlan, write_iso
 from bootmedia.job import JOB_PATH, Job, NetworkSetup, PinnedImage, Unattended
 from bootmedia.kernel import Kernel, find_kernel
-from bootmedia.medium import RECORD_PATH, Medium, MediumFile, marker_path, medium_id
+from bootmedia.medium import (
+    IMAGES_FOLDER,
+    RECORD_PATH,
+    Medium,
+    MediumFile,
+    marker_path,
+    medium_id,
+)
 from bootmedia.modules import Selection, modules_layer
 from bootmedia.netboot import CONSOLES, write_netboot
 from imager import __version__
@@ -39,7 +46,6 @@ _MEMORY_STEP = 16 << 20
 _PAGE = 4096
 # Boot images, the job, and the ISO's own structures, for some thousand files.
 _BOOT_LOADERS = 8 << 20
-_IMAGES = "images/"
 
 
 @dataclass(frozen=True)
@@ -281,7 +287,10 @@ def _make_isos(
         written.append(write_iso(plan, path, progress))
     size = sum(iso.size for iso in written)
     images = sum(
-        file.size for iso in written for file in iso.files if file.path.startswith(_IMAGES)
+        file.size
+        for iso in written
+        for file in iso.files
+        if file.path.startswith(f"{IMAGES_FOLDER}/")
     )
     return _built(tuple(paths), size, size - images, system, medium)
 

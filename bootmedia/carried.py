@@ -9,9 +9,9 @@ from typing import Protocol
 
 from bootmedia.iso import IsoFile
 from bootmedia.job import PinnedImage
+from bootmedia.medium import IMAGES_FOLDER
 from imager.errors import UsageError
 
-_FOLDER = "images"
 _SECTOR = 2048  # of ISO 9660: a file takes whole ones
 _MAX_FILE_SIZE = (4 << 30) - _SECTOR  # one extent of an ISO, a file on FAT
 
@@ -50,7 +50,7 @@ class CarriedImages:
         ]
 
     def _file(self, item: StoredObject) -> IsoFile:
-        return IsoFile(f"{_FOLDER}/{item.name}", self.source(item))
+        return IsoFile(f"{IMAGES_FOLDER}/{item.name}", self.source(item))
 
 
 def split_volumes(

@@ -29,6 +29,7 @@ from blake3 import blake3
 from bootmedia.hybrid import ISO_BLOCK, PADDING, DiskIdentity, system_area, with_boot_info
 from imager.errors import FormatError, ImagerError, IntegrityError, SourceError, UsageError
 from imager.progress import NullProgress, Progress
+from imager.store.local import sync_folder
 
 BIOS_IMAGE = "boot/eltorito.img"
 EFI_IMAGE = "boot/efi.img"
@@ -411,7 +412,7 @@ def _appearing(path: Path) -> Iterator[BinaryIO]:
             os.fchmod(file.fileno(), 0o644)
             yield file
         partial.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:  # those of the sources became SourceErrors where they were read
         partial.unlink(missing_ok=True)
         raise ImagerError(f"{path}: can't be written: {error.strerror}") from None
@@ -424,14 +425,6 @@ def _settle(output: int) -> None:
     """What is read back shall come from the disk."""
     os.fsync(output)
     os.posix_fadvise(output, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- reading back --------------------------------------------------------------------------------

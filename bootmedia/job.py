@@ -6,11 +6,8 @@ can be replaced without building the others again.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import Self
 
-from imager.errors import FormatError
 from imager.jsonrecord import JsonRecord
 
 JOB_PATH = "etc/imager/job.json"
@@ -97,15 +94,3 @@ class Job(JsonRecord):
     ssh_keys: tuple[str, ...] = ()
     fill_fallback: bool = True
     boot_entry: bool = True
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(self.to_json(), indent=1, sort_keys=True).encode() + b"\n"
-
-    @classmethod
-    def from_bytes(cls, content: bytes) -> Self:
-        """Raises FormatError for what is not a job."""
-        try:
-            document = json.loads(content)
-        except ValueError as error:
-            raise FormatError(f"{JOB_PATH}: not JSON: {error}") from None
-        return cls.from_json(document)

@@ -7,16 +7,15 @@ medium among all disks. The id comes from the content: the same content has the 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self
 
 from bootmedia.job import PinnedImage
-from imager.errors import FormatError
 from imager.jsonrecord import JsonRecord
 
 FOLDER = ".imager"
+IMAGES_FOLDER = "images"
+"""Of the carried repository."""
 RECORD_PATH = f"{FOLDER}/medium.json"
 
 _ID_DIGITS = 16
@@ -50,18 +49,6 @@ class Medium(JsonRecord):
     volumes: int = 1
     images: tuple[PinnedImage, ...] = ()
     files: tuple[MediumFile, ...] = ()
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(self.to_json(), indent=1, sort_keys=True).encode() + b"\n"
-
-    @classmethod
-    def from_bytes(cls, content: bytes) -> Self:
-        """Raises FormatError for what is not the record of a medium."""
-        try:
-            document = json.loads(content)
-        except ValueError as error:
-            raise FormatError(f"{RECORD_PATH}: not JSON: {error}") from None
-        return cls.from_json(document)
 
 
 def medium_id(contents: Iterable[bytes]) -> str:

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from bootmedia.iso import read_iso_file
 from bootmedia.medium import RECORD_PATH, Medium
-from imager.allocation import identify
-from imager.blocksource import FileSource, PartSource, aligned_buffer
+from imager.blocksource import FileSource, aligned_buffer
+from imager.contents import what_is_on
 from imager.deviceuse import device_numbers, disk_numbers_below, uses_of
 from imager.diskidentity import DiskIdentity, disk_identity
-from imager.errors import ImagerError, IntegrityError, RefusedError, SourceError
-from imager.partitions import read_partition_table
+from imager.errors import ImagerError, IntegrityError, RefusedError
 from imager.process import run
 from imager.progress import Progress
 from imager.target import Target
@@ -71,7 +70,7 @@ def plan_write(iso: str, target: str) -> WritePlan:
             target=target,
             target_size=stick.size,
             identity=disk_identity(target),
-            overwrites=tuple(_what_is_on(stick)),
+            overwrites=tuple(what_is_on(stick)),
             refusals=tuple(_reasons_against(stick, iso, size)),
         )
 
@@ -102,22 +101,7 @@ def write_medium(plan: WritePlan, progress: Progress) -> None:
 
 def read_medium(iso: Path) -> Medium:
     """The record of a medium's ISO. Raises ImagerError when it is not a rescue medium."""
-    return Medium.from_bytes(read_iso_file(iso, RECORD_PATH))
-
-
-def _what_is_on(stick: FileSource) -> Iterator[str]:
-    """Partitions and filesystems, in words."""
-    table = read_partition_table(stick)
-    if not table.partitions:
-        inside = identify(stick)
-        if inside.kind != "unknown":
-            yield f"{inside.kind} {inside.label or ''}".rstrip()
-    for part in table.partitions:
-        with suppress(SourceError):
-            inside = identify(PartSource(stick, part.offset, part.size))
-            kind = part.type_name if inside.kind == "unknown" else inside.kind
-            words = [f"partition {part.number}:", kind, part.name or inside.label]
-            yield " ".join(filter(None, words))
+    return Medium.from_bytes(read_iso_file(iso, RECORD_PATH), RECORD_PATH)
 
 
 def _reasons_against(stick: FileSource, iso: str, size: int) -> Iterator[str]:

@@ -164,21 +164,11 @@ def _firmware(
             hint = "; switch the firmware to legacy (CSM) mode if it has that"
             yield Reason("blocker", "firmware", lacks + hint)
         elif imaged.firmware == "bios":
-            yield Reason(
-                "attention",
-                "firmware",
-                "the imaged machine booted by BIOS, this one boots by UEFI: there is an EFI system "
-                "partition, but it was not what it booted from",
-            )
+            yield _booted_otherwise("BIOS", "UEFI", "an EFI system partition")
         return
     if table.scheme in ("gpt", "hybrid") and any(p.type == _BIOS_BOOT for p in table.partitions):
         if imaged.firmware == "uefi":
-            yield Reason(
-                "attention",
-                "firmware",
-                "the imaged machine booted by UEFI, this one boots by BIOS: there is a BIOS boot "
-                "partition, but it was not what it booted from",
-            )
+            yield _booted_otherwise("UEFI", "BIOS", "a BIOS boot partition")
     elif imaged.firmware == "uefi":
         yield Reason(
             "blocker",
@@ -192,6 +182,15 @@ def _firmware(
             "firmware",
             "this machine boots by BIOS, and the disk has no BIOS boot partition",
         )
+
+
+def _booted_otherwise(was: str, now: str, partition: str) -> Reason:
+    return Reason(
+        "attention",
+        "firmware",
+        f"the imaged machine booted by {was}, this one boots by {now}: there is {partition}, but "
+        "it was not what it booted from",
+    )
 
 
 def _boots(manifest: Manifest, disk: Disk) -> bool:

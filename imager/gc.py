@@ -12,18 +12,17 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from imager.errors import FormatError, ObjectExists, ObjectMissing
-from imager.format import is_image_id, pack_id_bytes, seal, unseal
+from imager.format import seal, unseal
 from imager.manifest import new_document
 from imager.pack import pack_name
 from imager.progress import Progress
 from imager.references import used_packs
-from imager.repository import Repository, utc_now
+from imager.repository import Repository, TrashList, utc_now
 
 
 @dataclass
@@ -59,19 +58,6 @@ def collect(
     return _Collector(repository, progress, expire, dry_run).run()
 
 
-@dataclass(frozen=True)
-class _Trash:
-    """A trash list: packs, and the captures that were open when it was written.
-
-    ``sessions`` is None when the gc that wrote it died before it looked: then all that are open
-    now count, among them any that was open then.
-    """
-
-    name: str
-    packs: frozenset[bytes]
-    sessions: frozenset[str] | None
-
-
 class _Collector:
     def __init__(
         self, repository: Repository, progress: Progress, expire: bool, dry_run: bool
@@ -87,7 +73,7 @@ class _Collector:
         self._end_dead_sessions()
         stored = set(self._repository.pack_ids())  # before the manifests: a pack comes first
         unused = stored - self._used()
-        old = list(self._trash())
+        old = list(self._repository.trash())
         new = unused.difference(*(trash.packs for trash in old))
         self._result.kept_packs = len(stored) - len(unused)
         if self._dry_run:
@@ -95,8 +81,7 @@ class _Collector:
             return self._result
         if new:
             old.append(self._condemn(new))
-        for trash in old:
-            self._finish(trash)
+        self._finish(old)
         self._store.clear_leftovers()
         return self._result
 
@@ -105,15 +90,8 @@ class _Collector:
 
     # --- captures that are under way ---
 
-    def _sessions(self) -> list[str]:
-        """Ids of the images that captures are making."""
-        stems = (
-            name.rpartition("/")[2].removesuffix(".json") for name in self._store.names("sessions")
-        )
-        return [stem for stem in stems if is_image_id(stem)]
-
     def _end_dead_sessions(self) -> None:
-        for image_id in self._sessions():
+        for image_id in self._repository.sessions():
             if self._expire or self._is_dead(image_id):
                 self._end(image_id)
 
@@ -152,24 +130,12 @@ class _Collector:
 
     # --- packs ---
 
-    def _trash(self) -> Iterator[_Trash]:
-        for name in list(self._store.names("trash")):
-            try:
-                document = unseal(self._store.read(name), f"{self._store.url}/{name}")
-            except ObjectMissing:
-                continue  # another gc finished it
-            yield _Trash(
-                name,
-                frozenset(pack_id_bytes(text) for text in document["packs"]),
-                frozenset(document["sessions"]) if "sessions" in document else None,
-            )
-
-    def _condemn(self, packs: set[bytes]) -> _Trash:
+    def _condemn(self, packs: set[bytes]) -> TrashList:
         """Name the packs in the trash; then see who is open: whoever comes later knows of it."""
         name = f"trash/{utc_now().lower().replace(':', '')}-{secrets.token_hex(4)}"
         listed = sorted(pack.hex() for pack in packs)
         self._store.create(f"{name}.json", seal(new_document("trash", packs=listed)))
-        sessions = self._sessions()
+        sessions = self._repository.sessions()
         self._note_condemned(packs)
         if sessions:
             # The list again, now with what it waits for. The first stays until the second is there.
@@ -177,29 +143,36 @@ class _Collector:
             self._store.create(f"{name}-open.json", seal(document))
             self._store.delete(f"{name}.json")
             name += "-open"
-        return _Trash(f"{name}.json", frozenset(packs), frozenset(sessions))
+        return TrashList(f"{name}.json", frozenset(packs), frozenset(sessions))
 
     def _note_condemned(self, packs: set[bytes]) -> None:
         self._result.condemned += sorted(packs)
         self._result.condemned_bytes += sum(map(self._size, packs))
 
-    def _finish(self, trash: _Trash) -> None:
+    def _finish(self, lists: list[TrashList]) -> None:
         """Delete what is condemned and still unused, unless captures could be using it."""
-        waiting = set(self._sessions())
-        if trash.sessions is not None:
-            waiting &= trash.sessions
-        if waiting:
-            known = set(self._result.waiting_for)
-            self._result.waiting_for += sorted(waiting - known)
+        still_open = frozenset(self._repository.sessions())
+        waiting = {
+            trash: still_open if trash.sessions is None else still_open & trash.sessions
+            for trash in lists
+        }
+        self._result.waiting_for += sorted(frozenset().union(*waiting.values()))
+        ready = [trash for trash in lists if not waiting[trash]]
+        if not ready:
             return
-        for pack in sorted(trash.packs - self._used()):
+        used = self._used()  # again, and after the sessions: an ended capture has committed
+        for trash in ready:
+            self._delete(trash.packs - used)
+            with suppress(ObjectMissing):
+                self._store.delete(trash.name)
+
+    def _delete(self, packs: frozenset[bytes]) -> None:
+        for pack in sorted(packs):
             size = self._size(pack)
             with suppress(ObjectMissing):
                 self._store.delete(pack_name(pack))
                 self._result.deleted.append(pack)
                 self._result.deleted_bytes += size
-        with suppress(ObjectMissing):
-            self._store.delete(trash.name)
 
     def _size(self, pack: bytes) -> int:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from types import NoneType, UnionType
@@ -22,6 +23,20 @@ class JsonRecord:
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON values only; extents become ``[offset, length]`` pairs in bytes."""
         return {field.name: _encode(getattr(self, field.name)) for field in fields(self)}
+
+    def to_bytes(self) -> bytes:
+        """A JSON document for people too: indented, keys in order, always the same bytes."""
+        return json.dumps(self.to_json(), indent=1, sort_keys=True).encode() + b"\n"
+
+    @classmethod
+    def from_bytes(cls, content: bytes, where: str) -> Self:
+        """The record again. Raises FormatError, which names ``where``, for what is not JSON, and
+        as ``from_json``."""
+        try:
+            document = json.loads(content)
+        except ValueError as error:
+            raise FormatError(f"{where}: not JSON: {error}") from None
+        return cls.from_json(document)
 
     @classmethod
     def from_json(cls, data: object) -> Self:

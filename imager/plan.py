@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from imager.allocation import identify
 from imager.blockmap import BlockMap
 from imager.blocksource import BlockSource, FileSource, PartSource
 from imager.compatibility import compare
+from imager.contents import what_is_on
 from imager.deviceuse import SYS_ROOT, device_numbers, disk_numbers_below, uses_of
 from imager.diskidentity import DiskIdentity, disk_identity
 from imager.errors import ImagerError, SourceError, UsageError
@@ -27,6 +27,9 @@ from imager.sysfs import read_number
 
 # UEFI Specification 2.10, 5.3.1: at least this much is reserved for the entries
 _GPT_ENTRIES_BYTES = 16384
+
+MAY_NOT_BOOT = "the disk may not boot here"
+"""How warnings begin that come of comparing the machines."""
 
 # What the comparison of machines says too, and the plan refuses by itself.
 _REFUSED_ALREADY = frozenset({"sector size", "disk size"})
@@ -256,7 +259,7 @@ class _Planner:
         found = compare(self._manifest, self._disk, read_fingerprint(), identity)
         for reason in (*found.of("blocker"), *found.of("attention")):
             if reason.subject not in _REFUSED_ALREADY:
-                self._warnings.append(f"the disk may not boot here: {reason}")
+                self._warnings.append(f"{MAY_NOT_BOOT}: {reason}")
 
     def _look_at(self, target: BlockSource, source: Extent) -> bool:
         """Describe what will be overwritten; whether it is our own unfinished restore."""
@@ -264,15 +267,7 @@ class _Planner:
         if marker is not None:
             self._overwrites.append(f"an unfinished restore of {marker.image}/{marker.disk}")
             return marker.root == self._disk.root and marker.offset == source.offset
-        table = read_partition_table(target)
-        if table.partitions:
-            for part in table.partitions:
-                inside = identify(PartSource(target, part.offset, part.size))
-                kind = part.type_name if inside.kind == "unknown" else inside.kind
-                words = [f"partition {part.number}:", kind, part.name or inside.label]
-                self._overwrites.append(" ".join(filter(None, words)))
-        elif (inside := identify(target)).kind != "unknown":
-            self._overwrites.append(f"{inside.kind} {inside.label or ''}".rstrip())
+        self._overwrites += what_is_on(target)
         return False
 
     def _find_stale_gpt(self, target: FileSource) -> Extent | None:

@@ -65,6 +65,25 @@ class StoredBlocks:
     damaged: list[str]
 
 
+@dataclass(frozen=True)
+class TrashList:
+    """Packs that a gc condemned, and the captures that were open when it did.
+
+    ``sessions`` is None when that gc died before it looked: then all that are open now count,
+    among them any that was open then.
+    """
+
+    name: str
+    packs: frozenset[bytes]
+    sessions: frozenset[str] | None
+
+    @classmethod
+    def from_document(cls, name: str, document: dict[str, Any]) -> TrashList:
+        packs = frozenset(pack_id_bytes(text) for text in document.get("packs", []))
+        sessions = document.get("sessions")
+        return cls(name, packs, None if sessions is None else frozenset(sessions))
+
+
 class Repository:
     """An open repository. Reading methods may be called from any one thread at a time."""
 
@@ -125,12 +144,7 @@ class Repository:
 
     def image_ids(self) -> list[str]:
         """Ids of all images, oldest first."""
-        names = (name.rpartition("/")[2] for name in self.store.names("manifests"))
-        return sorted(
-            name.removesuffix(".json")
-            for name in names
-            if name.endswith(".json") and is_image_id(name.removesuffix(".json"))
-        )
+        return self._ids_in("manifests")
 
     def manifest(self, image_id: str) -> Manifest:
         name = _manifest_name(image_id)
@@ -216,8 +230,7 @@ class Repository:
 
     def pins(self) -> set[str]:
         """Ids of the images that must not be removed."""
-        names = (name.rpartition("/")[2] for name in self.store.names("pins"))
-        return {name.removesuffix(".json") for name in names if name.endswith(".json")}
+        return set(self._ids_in("pins"))
 
     def pin(self, image_id: str, reason: str) -> None:
         """Pinning again changes nothing, the reason included."""
@@ -238,14 +251,28 @@ class Repository:
         with suppress(ObjectMissing):
             self.store.delete(f"sessions/{image_id}.json")
 
+    def sessions(self) -> list[str]:
+        """Ids of the images that captures are making."""
+        return self._ids_in("sessions")
+
+    def trash(self) -> Iterator[TrashList]:
+        for name in list(self.store.names("trash")):
+            with suppress(ObjectMissing):  # a gc finished it meanwhile
+                document = unseal(self.store.read(name), f"{self.store.url}/{name}")
+                yield TrashList.from_document(name, document)
+
     def condemned(self) -> set[bytes]:
         """Ids of the packs that a gc is about to delete."""
-        packs: set[bytes] = set()
-        for name in self.store.names("trash"):
-            with suppress(ObjectMissing):
-                document = unseal(self.store.read(name), f"{self.store.url}/{name}")
-                packs.update(pack_id_bytes(text) for text in document.get("packs", []))
-        return packs
+        return {pack for trash in self.trash() for pack in trash.packs}
+
+    def _ids_in(self, folder: str) -> list[str]:
+        """Ids that objects in a folder are named by, in ascending order."""
+        names = (name.rpartition("/")[2] for name in self.store.names(folder))
+        return sorted(
+            name.removesuffix(".json")
+            for name in names
+            if name.endswith(".json") and is_image_id(name.removesuffix(".json"))
+        )
 
     # --- packs and pages ---
 

@@ -11,13 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from bootmedia.medium import RECORD_PATH, Medium
+from bootmedia.medium import IMAGES_FOLDER, RECORD_PATH, Medium
 from imager.errors import FormatError, ObjectMissing
 from imager.store.local import LocalStore
 from imager.store.union import UnionStore
-
-IMAGES = "images"
-"""The folder of the carried repository on the medium."""
 
 
 class Opener(Protocol):
@@ -36,7 +33,7 @@ class CarriedVolumes:
         self._count, self._ask = count, ask
         self._current = volume_number(folder)
         self._lock = threading.RLock()
-        self._stores = {self._current: _Volume(folder / IMAGES, self._lock)}
+        self._stores = {self._current: _Volume(folder / IMAGES_FOLDER, self._lock)}
         self._known: dict[int, frozenset[str]] = {}
         self.store = UnionStore([self._stores[self._current]], self._look_further)
 
@@ -72,7 +69,7 @@ class CarriedVolumes:
 
     def _put_in(self, number: int) -> None:
         folder = self._ask(number)
-        self._stores[number] = _Volume(folder / IMAGES, self._lock)
+        self._stores[number] = _Volume(folder / IMAGES_FOLDER, self._lock)
         self._current = number
         self.store.stores = list(self._stores.values())
 
@@ -117,6 +114,6 @@ class _Volume(LocalStore):
 def volume_number(folder: Path) -> int:
     """Of the volume that is mounted there; 1 where it does not say."""
     try:
-        return Medium.from_bytes((folder / RECORD_PATH).read_bytes()).volume
+        return Medium.from_bytes((folder / RECORD_PATH).read_bytes(), RECORD_PATH).volume
     except (OSError, FormatError):
         return 1

@@ -74,9 +74,9 @@ class Terminal:
 
     def write(self, text: str) -> None:
         """Text with newlines; nothing is added."""
-        self._echo(text.encode(errors="replace"))
+        self._send(text.encode(errors="replace"))
 
-    def _echo(self, content: bytes) -> None:
+    def _send(self, content: bytes) -> None:
         while content:
             try:
                 content = content[os.write(self._fd, content) :]
@@ -110,7 +110,7 @@ class Terminal:
                 typed.clear()
             elif key >= b" " and key not in _ERASERS:
                 typed += key
-                self._echo(key)
+                self._send(key)
 
     def wait_for_key(self, seconds: float) -> bool:
         """Whether a key was pressed in time; the key is used up."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,18 +46,17 @@ def find_medium(
     seconds: float = SETTLE_SECONDS,
     *,
     volume: int | None = None,
-    stop: Callable[[], bool] = lambda: False,
 ) -> Medium:
     """Wait for the medium with this id (and volume number) and mount it read-only.
 
-    Raises ObjectMissing when it does not come in time, or ``stop`` says so.
+    Raises ObjectMissing when it does not come in time.
     """
     deadline = monotonic() + seconds
     while True:
         for device in _devices():
             if _is_iso(device) and (found := _mounted(device, medium_id, volume)):
                 return found
-        if monotonic() >= deadline or stop():
+        if monotonic() >= deadline:
             break
         sleep(_LOOK_AGAIN_SECONDS)
     which = f"volume {volume} of the medium" if volume else "the medium"
@@ -68,11 +67,14 @@ def find_medium(
 
 
 def eject(medium: Medium) -> None:
-    """Unmount, and open the drive where it is one. Nothing more of it can be read."""
-    run(["umount", str(medium.folder)])
-    if medium.device is None:
+    """Unmount a disc and open its drive, for another one to be put in; a stick can stay.
+
+    Raises ToolError while something on it is in use.
+    """
+    if medium.device is None or not medium.device.startswith("/dev/sr"):
         return
-    with suppress(OSError):  # a stick has nothing to open
+    run(["umount", str(medium.folder)])
+    with suppress(OSError):  # some drives have nothing that opens
         fd = os.open(medium.device, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             fcntl.ioctl(fd, _CDROMEJECT)
@@ -115,7 +117,7 @@ def _mounted(device: str, medium_id: str, volume: int | None) -> Medium | None:
         return None
     with suppress(ImagerError, OSError):
         if (folder / marker_path(medium_id)).exists():
-            record = Record.from_bytes((folder / RECORD_PATH).read_bytes())
+            record = Record.from_bytes((folder / RECORD_PATH).read_bytes(), RECORD_PATH)
             if volume in (None, record.volume):
                 return Medium(folder, device)
     run(["umount", str(folder)])

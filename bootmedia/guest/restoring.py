@@ -8,19 +8,16 @@ from dataclasses import dataclass, replace
 from bootmedia.guest import afterwards
 from bootmedia.guest.diskwords import disk_words
 from bootmedia.guest.session import Found, Session
-from imager.compatibility import Comparison, Reason, compare
+from imager.compatibility import Comparison, Reason, Severity, compare
 from imager.errors import RefusedError
 from imager.fingerprint import read_fingerprint
 from imager.imagemount import read_image_drivers
 from imager.manifest import Disk, Manifest
-from imager.plan import RestoreOptions, RestorePlan, plan_restore
+from imager.plan import MAY_NOT_BOOT, RestoreOptions, RestorePlan, plan_restore
 from imager.progress import Progress
 from imager.repository import Repository
 from imager.restore import RestoreResult, restore
 from imager.units import show_bytes
-
-# The plan judges the machine as well, without the image's own drivers: see ``Prepared.comparison``.
-_JUDGED_BY_PLAN = "the disk may not boot here"
 
 
 @dataclass(frozen=True)
@@ -110,13 +107,14 @@ def _overwritten(plan: RestorePlan) -> Iterator[str]:
 
 
 def _warnings(plan: RestorePlan) -> list[str]:
-    return [text for text in plan.warnings if not text.startswith(_JUDGED_BY_PLAN)]
+    """Without the plan's own judgement of the machine, made without the image's drivers: see
+    ``Prepared.comparison``."""
+    return [text for text in plan.warnings if not text.startswith(MAY_NOT_BOOT)]
 
 
 def _reasons(comparison: Comparison) -> list[str]:
-    return [
-        str(reason) for severity in ("blocker", "attention") for reason in comparison.of(severity)
-    ] + [str(reason) for reason in comparison.of("note")]
+    severities: tuple[Severity, ...] = ("blocker", "attention", "note")
+    return [str(reason) for severity in severities for reason in comparison.of(severity)]
 
 
 def _listed(title: str, items: tuple[str, ...] | list[str]) -> Iterator[str]:

@@ -11,26 +11,18 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
 
 from bootmedia.guest.attached import mounted_repositories
-from bootmedia.guest.carriedvolumes import IMAGES, CarriedVolumes
+from bootmedia.guest.carriedvolumes import CarriedVolumes
 from bootmedia.guest.log import Log
+from bootmedia.guest.medium import Medium
 from bootmedia.job import Job
+from bootmedia.medium import IMAGES_FOLDER
 from imager.deviceuse import device_numbers, disk_numbers_below
 from imager.errors import ImagerError, IntegrityError, ObjectMissing, RefusedError
 from imager.manifest import Manifest
 from imager.repository import Repository
-
-
-class Medium(Protocol):
-    """The medium that was booted from, mounted at ``folder``; ``device`` is its device node."""
-
-    @property
-    def folder(self) -> Path: ...
-
-    @property
-    def device(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -138,7 +130,7 @@ class Session:
         if self._volumes is not None:  # whichever volume is in
             yield self._volumes[0]
         elif self.medium is not None and self.job.images:
-            folder = self.medium.folder / IMAGES
+            folder = self.medium.folder / IMAGES_FOLDER
             if (folder / "repository.json").exists():
                 yield Origin("on this medium", str(folder), folder)
 

@@ -40,7 +40,7 @@ def _tell_kernel(level: int, text: str) -> None:
 def read_job(root: Path = Path("/")) -> Job:
     """What this medium is for. Raises ImagerError where there is none, or it is damaged."""
     try:
-        return Job.from_bytes((root / JOB_PATH).read_bytes())
+        return Job.from_bytes((root / JOB_PATH).read_bytes(), JOB_PATH)
     except OSError as error:
         raise ImagerError(f"/{JOB_PATH}: {error.strerror}: this is no rescue system") from None
 

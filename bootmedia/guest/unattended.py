@@ -13,7 +13,7 @@ from time import monotonic
 from bootmedia.guest import system
 from bootmedia.guest.allterminals import AllTerminals
 from bootmedia.guest.console import Terminal
-from bootmedia.guest.medium import Medium, eject, find_medium
+from bootmedia.guest.medium import eject, find_medium
 from bootmedia.guest.report import Result, post
 from bootmedia.guest.restoring import Prepared, carry_out, describe, prepare
 from bootmedia.guest.session import Found, Session
@@ -157,11 +157,12 @@ class _Run:
 
     def _eject(self) -> None:
         old = self._session.medium
-        if old is not None and (old.device or "").startswith("/dev/sr"):
-            try:
-                eject(Medium(old.folder, old.device))
-            except ImagerError as error:
-                self._session.log.add(f"the disc could not be ejected: {error.message}")
+        if old is None:
+            return
+        try:
+            eject(old)
+        except ImagerError as error:
+            self._session.log.add(f"the disc could not be ejected: {error.message}")
 
 
 def _targets(

@@ -59,13 +59,13 @@ def _find(session: Session, number: int, seconds: float) -> Medium | None:
 
 
 def _eject_disc(session: Session, terminal: Terminal) -> None:
-    """A machine often has one drive; a stick can stay where it is."""
+    """A machine often has one drive."""
     old = session.medium
-    if old is None or not (old.device or "").startswith("/dev/sr"):
+    if old is None:
         return
     for attempt in range(_EJECT_TRIES):
         try:
-            eject(Medium(old.folder, old.device))
+            eject(old)
             return
         except ImagerError as error:
             if attempt + 1 == _EJECT_TRIES:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bootmedia.carried import CarriedImages
     from bootmedia.check import Attempt, Mode
     from bootmedia.job import NetworkSetup, PinnedImage, TargetRule, Unattended
+    from bootmedia.medium import Medium
     from bootmedia.write import WritePlan
     from imager.manifest import Manifest
     from imager.repository import Repository
@@ -205,7 +206,7 @@ def check(
     from imager.units import parse_size
 
     medium = read_medium(iso)
-    warnings = _fitness(iso, repo)
+    warnings = _fitness(iso, medium, repo)
     attempts: list[Attempt] = []
     if not no_boot:
         with open_progress(progress) as shown:
@@ -345,12 +346,9 @@ def _carried(
         return None
     prefix = "imager-carried-"
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix, dir=work)))
-    store = repository.store
-    local = None if "://" in store.url else Path(store.url)
 
     def source(item: StoredObject) -> Path:
-        wanted = carry.StoredObject(item.name, item.size, item.everywhere)
-        return local / item.name if local else carry.fetch(store, wanted, scratch)
+        return carry.source_file(repository.store, item, scratch)
 
     pins = tuple(map(_pinned, manifests))
     return CarriedImages(pins, tuple(carry.objects_of(repository, manifests)), source)
@@ -422,10 +420,9 @@ def _expect(option: str, value: str, known: tuple[str, ...]) -> None:
         raise UsageError(f"{option} {value}: it can be {' or '.join(known)}")
 
 
-def _fitness(iso: Path, repo: str | None) -> list[str]:
+def _fitness(iso: Path, medium: Medium, repo: str | None) -> list[str]:
     """What is out of date or missing. A repository that can't be reached knows nothing newer."""
     from bootmedia.fitness import read_module_index, warnings_about
-    from bootmedia.write import read_medium
     from imager.errors import ImagerError
     from imager.fingerprint import read_fingerprint
 
@@ -438,8 +435,7 @@ def _fitness(iso: Path, repo: str | None) -> list[str]:
             return None
         return latest.id if latest else None
 
-    medium, index = read_medium(iso), read_module_index(iso)
-    host_kernel = os.uname().release
+    index, host_kernel = read_module_index(iso), os.uname().release
     return list(warnings_about(medium, index, read_fingerprint(), host_kernel, newest))
 
 

@@ -83,7 +83,7 @@ class LocalStore:
     def delete(self, name: str) -> None:
         try:
             self._path(name).unlink()
-            _sync_folder(self._path(name).parent)
+            sync_folder(self._path(name).parent)
         except OSError as error:
             self._fail(name, error)
 
@@ -175,7 +175,7 @@ class LocalWriter:
             self._close()
             _make_folders(self._final.parent)
             _link_new(self._temporary, self._final)
-            _sync_folder(self._final.parent)
+            sync_folder(self._final.parent)
         except OSError as error:
             self._store._fail(self._name, error)
 
@@ -245,10 +245,11 @@ def _make_folders(folder: Path) -> None:
     if not folder.is_dir():
         _make_folders(folder.parent)
         folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable. Raises OSError."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -57,6 +57,21 @@ def imager(*words: object, code: int = 0) -> Outcome:
     return outcome
 
 
+def imager_alone(*words: object, code: int = 0) -> Outcome:
+    """Run a command in a process of its own, as a person would, and check its exit code."""
+    done = subprocess.run(
+        command(*words),
+        cwd=CHECKOUT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    outcome = Outcome(done.returncode, done.stdout, done.stderr)
+    assert done.returncode == code, f"{words}: {outcome}"
+    return outcome
+
+
 def command(*words: object) -> list[str]:
     """The command line of a process of its own."""
     return [sys.executable, "-m", "imager", *map(str, words)]

@@ -56,7 +56,7 @@ def job_of(layer: bytes) -> Job:
         member.content for member in read_cpio(io.BytesIO(layer)) if member.name == JOB_PATH
     )
     assert content is not None
-    return Job.from_bytes(content)
+    return Job.from_bytes(content, JOB_PATH)
 
 
 def test_an_iso(kernel: Path, tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_an_iso(kernel: Path, tmp_path: Path) -> None:
     assert any("not signed" in text for text in built["warnings"])
     assert not any(work.iterdir()), "the work folder is left as it was"
 
-    medium = Medium.from_bytes(read_iso_file(out, RECORD_PATH))
+    medium = Medium.from_bytes(read_iso_file(out, RECORD_PATH), RECORD_PATH)
     assert medium.to_json() == built["medium"]
     assert (medium.volume, medium.volumes, medium.created) == (1, 1, 1_700_000_000)
     assert read_iso_file(out, marker_path(medium.id)) == b""
@@ -120,7 +120,7 @@ def test_images_on_several_volumes(kernel: Path, repo: Path, tmp_path: Path) -> 
     packs: list[str] = []
     for number, path in enumerate(map(Path, built["paths"]), 1):
         assert path.stat().st_size <= size
-        medium = Medium.from_bytes(read_iso_file(path, RECORD_PATH))
+        medium = Medium.from_bytes(read_iso_file(path, RECORD_PATH), RECORD_PATH)
         assert (medium.id, medium.volume, medium.volumes) == (built["medium"]["id"], number, 2)
         for name in ("repository.json", f"manifests/{image}.json"):
             assert read_iso_file(path, f"images/{name}") == (repo / name).read_bytes()

@@ -12,7 +12,7 @@ from bootmedia import check
 from bootmedia.check import MODES, Mode, check_boots, choose_acceleration, kvm_works, why_not
 from bootmedia.fitness import version_key, warnings_about
 from bootmedia.job import NetworkSetup, PinnedImage, TargetRule
-from bootmedia.medium import Medium, marker_path, medium_id
+from bootmedia.medium import RECORD_PATH, Medium, marker_path, medium_id
 from bootmedia.moduleindex import ModuleIndex
 from bootmedia.netboot import write_netboot
 from imager.cli.media import parse_network
@@ -87,10 +87,10 @@ def test_a_private_key_does_not_go_onto_a_medium(tmp_path: Path) -> None:
 
 
 def test_record() -> None:
-    assert Medium.from_bytes(MEDIUM.to_bytes()) == MEDIUM
+    assert Medium.from_bytes(MEDIUM.to_bytes(), RECORD_PATH) == MEDIUM
     for wrong in (b"", b"{", b"[]", b'{"id": 7}'):
         with pytest.raises(FormatError):
-            Medium.from_bytes(wrong)
+            Medium.from_bytes(wrong, RECORD_PATH)
 
 
 def test_the_id_comes_from_the_content() -> None:

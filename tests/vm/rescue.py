@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 from tests.machines.guest import debian_kernel
 from tests.machines.qemu import Machine
-
-CHECKOUT = Path(__file__).parents[2]
+from tests.support.commandline import imager_alone
 
 # Whole lines: the end of one may come later than its start.
 READY = r"imager-rescue: ready .*\n"
@@ -24,23 +21,9 @@ YES_NO = r"\[y/N\] "
 TARGET_NAME = r"type the name of the target \((\S+)\): "
 
 
-def imager(*arguments: str | Path, code: int = 0) -> str:
-    """Run the command line as a person would; returns standard output."""
-    done = subprocess.run(
-        [sys.executable, "-m", "imager", *map(str, arguments)],
-        cwd=CHECKOUT,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == code, f"imager {arguments}: {done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
 def build(out: Path, *options: str | Path) -> Path:
     """A medium with Debian's kernel, and all drivers: the virtual machine isn't this one."""
-    imager("media", "build", out, "--modules-dir", debian_kernel(), *options)
+    imager_alone("media", "build", out, "--modules-dir", debian_kernel(), *options)
     return out
 
 

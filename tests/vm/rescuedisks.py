@@ -9,8 +9,8 @@ from pathlib import Path
 
 from imager.process import run
 from tests.machines.qemu import Machine
+from tests.support.commandline import imager_alone
 from tests.support.disks import MIB, make_random, make_sparse, write_at
-from tests.vm.rescue import imager
 
 DISK_MIB = 96
 _PART_MIB = DISK_MIB - 2
@@ -23,16 +23,16 @@ def make_repository(folder: Path) -> Path:
     disk: GPT, ext4, half full of what does not compress."""
     source, repository = folder / "data.img", folder / "images"
     _make_source(source, folder, {"first": 24, "second": 16})
-    imager("capture", source, "--repo", repository, "--init", "--name", "data")
+    imager_alone("capture", source, "--repo", repository, "--init", "--name", "data")
     _make_source(source, folder, {"first": 24, "second": 16, "third": 24})
-    imager("capture", source, "--repo", repository, "--name", "data")
+    imager_alone("capture", source, "--repo", repository, "--name", "data")
     return repository
 
 
 def restored_outside(repository: Path, target: Path) -> Path:
     """The same image, restored to a file of the target's size by the command line."""
     other = make_sparse(target.with_suffix(".outside"), target.stat().st_size)
-    imager("restore", "data@latest", other, "--yes", "--repo", repository)
+    imager_alone("restore", "data@latest", other, "--yes", "--repo", repository)
     return other
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +14,7 @@ import pytest
 
 from tests.machines.debian_disk import BOOT_MARKER, GIB, Layout, debian_disk
 from tests.machines.qemu import BOOT_SECONDS, Bus, Firmware, Machine
+from tests.support.commandline import imager_alone
 
 pytestmark = [
     pytest.mark.vm,
@@ -23,22 +22,6 @@ pytestmark = [
     pytest.mark.timeout(3 * BOOT_SECONDS),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root: builds a disk, mounts"),
 ]
-
-CHECKOUT = Path(__file__).parents[2]
-
-
-def imager(*arguments: str | Path) -> str:
-    """Run the command line as a person would; returns standard output."""
-    done = subprocess.run(
-        [sys.executable, "-m", "imager", *map(str, arguments)],
-        cwd=CHECKOUT,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, f"imager {arguments[0]}: {done.stdout}\n{done.stderr}"
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +33,9 @@ def disk() -> Path:
 def repository(disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with one image of the disk, named server."""
     repository = tmp_path_factory.mktemp("repository") / "images"
-    said = imager("capture", disk, "--repo", repository, "--name", "server", "--json")
-    document: dict[str, Any] = json.loads(said)
+    document: dict[str, Any] = imager_alone(
+        "capture", disk, "--repo", repository, "--name", "server", "--json"
+    ).json
     assert document["image"]
     return repository
 
@@ -67,13 +51,13 @@ def restored(
     target = tmp_path_factory.mktemp("restored") / "target.img"
     with target.open("wb") as file:
         file.truncate(disk.stat().st_size + request.param)
-    imager("restore", "server@latest", target, "--repo", repository, "--yes")
+    imager_alone("restore", "server@latest", target, "--repo", repository, "--yes")
     yield target
     target.unlink()
 
 
 def test_the_repository_verifies(repository: Path) -> None:
-    imager("verify", "--repo", repository)
+    imager_alone("verify", "--repo", repository)
 
 
 @pytest.mark.parametrize(("firmware", "bus"), [("bios", "virtio"), ("uefi", "nvme")])

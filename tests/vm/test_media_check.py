@@ -3,7 +3,6 @@ kernel of the rescue system reads from the medium is what was put on it."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import pytest
 from bootmedia.iso import read_iso_file
 from bootmedia.medium import RECORD_PATH, Medium
 from tests.machines.qemu import BOOT_SECONDS, Machine
-from tests.vm.rescue import MENU, READY_SECONDS, Person, build, imager
+from tests.support.commandline import imager_alone
+from tests.vm.rescue import MENU, READY_SECONDS, Person, build
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(7 * BOOT_SECONDS)]
 
@@ -34,7 +34,7 @@ def iso(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_mode_works(iso: Path) -> None:
-    attempts = json.loads(imager("media", "check", iso, "--accel", "tcg", "--json"))["boots"]
+    attempts = imager_alone("media", "check", iso, "--accel", "tcg", "--json").json["boots"]
     for attempt in attempts:
         print(f"{attempt['mode']}: {attempt['outcome']} in {attempt['milliseconds'] / 1000:.1f} s")
     assert [(attempt["mode"], attempt["outcome"]) for attempt in attempts] == [
@@ -49,13 +49,13 @@ def test_a_medium_with_a_damaged_layer_is_told(iso: Path, tmp_path: Path) -> Non
     with broken.open("r+b") as file:
         file.seek(iso.read_bytes().index(layer) + len(layer) // 2)
         file.write(bytes(len(layer) // 2))
-    imager("media", "check", broken, "--accel", "tcg", "--mode", "bios-cd", code=3)
+    imager_alone("media", "check", broken, "--accel", "tcg", "--mode", "bios-cd", code=3)
     with Machine(cdrom=broken) as machine:
         machine.expect("sentinel failed: incomplete: modules", timeout_seconds=READY_SECONDS)
 
 
 def test_the_kernel_reads_what_was_written(iso: Path) -> None:
-    files = Medium.from_bytes(read_iso_file(iso, RECORD_PATH)).files
+    files = Medium.from_bytes(read_iso_file(iso, RECORD_PATH), RECORD_PATH).files
     with Machine(cdrom=iso) as machine:
         person = Person(machine)
         person.wait_until_ready()

@@ -10,7 +10,8 @@ import pytest
 
 from tests.machines.debian_disk import debian_disk
 from tests.machines.qemu import BOOT_SECONDS, Bus, Disk, Firmware, Machine
-from tests.vm.rescue import Person, build, imager
+from tests.support.commandline import imager_alone
+from tests.vm.rescue import Person, build
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(4 * BOOT_SECONDS)]
 
@@ -18,8 +19,8 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(4 * BOOT_SECONDS)]
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     repository = tmp_path_factory.mktemp("chain") / "images"
-    imager("repo", "init", "--repo", repository)
-    imager("capture", debian_disk(), "--repo", repository, "--name", "server")
+    imager_alone("repo", "init", "--repo", repository)
+    imager_alone("capture", debian_disk(), "--repo", repository, "--name", "server")
     return repository
 
 
