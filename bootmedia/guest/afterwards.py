@@ -8,7 +8,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from bootmedia.guest.attached import Volume, mounted
-from bootmedia.guest.bootentry import EFIVARS, HardDrive, LoadOption, Variables, put_first
+from bootmedia.guest.bootentry import (
+    EFIVARS,
+    HardDrive,
+    LoadOption,
+    Variables,
+    mount_variables,
+    put_first,
+)
 from bootmedia.guest.fallback import Loader, fill_fallback, find_loader
 from bootmedia.guest.networkcards import absent_cards
 from imager.allocation import identify
@@ -19,7 +26,6 @@ from imager.loopdevice import loop_device
 from imager.manifest import Disk, Manifest
 from imager.partitions import GPT_SCHEMES, Partition, PartitionTable, read_partition_table
 from imager.plan import RestorePlan
-from imager.process import run
 from imager.sysfs import read_number
 from imager.tableedit import tell_kernel
 
@@ -138,7 +144,7 @@ def _write_entry(
     if loader is None:
         yield "no UEFI boot entry was written: the EFI system partition has no known boot loader"
         return
-    _mount_variables()
+    mount_variables()
     drive = HardDrive.of(esp, table.sector_size, is_gpt=table.scheme in GPT_SCHEMES)
     title = manifest.name if loader.system.lower() == "boot" else loader.system
     option = LoadOption(title or "Linux", drive, loader.path)
@@ -150,11 +156,6 @@ def _write_entry(
         return
     what = "a new UEFI boot entry" if is_new else "the UEFI boot entry that was there"
     yield f"{what}, Boot{number:04X} “{option.description}”, starts {loader.path} first"
-
-
-def _mount_variables() -> None:
-    if EFIVARS.is_dir() and not any(EFIVARS.iterdir()):
-        run(["mount", "-t", "efivarfs", "efivarfs", str(EFIVARS)], accept=range(256))
 
 
 # --- network cards ------------------------------------------------------------------------------

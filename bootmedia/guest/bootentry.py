@@ -17,6 +17,7 @@ from pathlib import Path
 
 from imager.errors import FormatError, ImagerError
 from imager.partitions import Partition
+from imager.process import run
 
 EFIVARS = Path("/sys/firmware/efi/efivars")
 
@@ -116,6 +117,12 @@ class LoadOption:
             and other.path is not None
             and self.path.lower() == other.path.lower()
         )
+
+
+def mount_variables() -> None:
+    """Make them files, unless they are already; without effect on a machine that booted by BIOS."""
+    if EFIVARS.is_dir() and not any(EFIVARS.iterdir()):
+        run(["mount", "-t", "efivarfs", "efivarfs", str(EFIVARS)], accept=range(256))
 
 
 class Variables:

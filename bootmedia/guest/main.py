@@ -10,7 +10,8 @@ from queue import SimpleQueue
 from time import sleep
 
 from bootmedia.guest import ssh, system
-from bootmedia.guest.bootentry import EFIVARS
+from bootmedia.guest.allterminals import AllTerminals
+from bootmedia.guest.bootentry import EFIVARS, mount_variables
 from bootmedia.guest.coldplug import FIRST_MODULES, Drivers, wait_for_disks
 from bootmedia.guest.console import Terminal, open_terminals
 from bootmedia.guest.log import Log
@@ -19,7 +20,6 @@ from bootmedia.guest.network import Network
 from bootmedia.guest.session import Session
 from bootmedia.job import Job
 from imager.errors import ImagerError
-from imager.process import run
 
 # A person who misses a disk looks again; a rule must know all disks before it takes one.
 _MENU_QUIET, _MENU_LONGEST = 0, 5
@@ -74,12 +74,12 @@ def _load_drivers(log: Log) -> None:
 def _open_firmware(drivers: Drivers) -> None:
     """UEFI's variables: boot entries, and whether Secure Boot is on."""
     if EFIVARS.parent.is_dir() and drivers.load("efivarfs"):
-        run(["mount", "-t", "efivarfs", "efivarfs", str(EFIVARS)], accept=range(256))
+        mount_variables()
 
 
 def _greet(terminals: Sequence[Terminal]) -> None:
-    for terminal in terminals:
-        terminal.write("\nimager rescue system: looking for disks and the medium ...\n")
+    """One that breaks off must not end the rescue system."""
+    AllTerminals(terminals).write("\nimager rescue system: looking for disks and the medium ...\n")
 
 
 def _find_medium(job: Job, log: Log) -> Medium | None:
