@@ -89,8 +89,11 @@ class _Run:
         try:
             found = self._find()
             self._image = found.manifest.id
-            self._prepare(found)
+            targets = self._targets(found.manifest)
+            self._prepare(found, targets)
             self._count_down()
+            if self._targets(found.manifest) != targets:
+                raise RefusedError(["the disks of this machine changed during the countdown"])
             with self._everyone.progress() as progress:
                 lines = [
                     line for p in self._prepared for line in carry_out(self._session, p, progress)
@@ -118,10 +121,15 @@ class _Run:
             if any(image.id == self._job.image for image in self._session.job.images):
                 self._session.search_disks()
 
-    def _prepare(self, found: Found) -> None:
+    def _targets(self, manifest: Manifest) -> list[tuple[Disk, Candidate]]:
+        """By the rules, of the disks that are there now: a disk may come late. Raises RefusedError
+        unless each rule fits exactly one."""
+        return _choose_targets(manifest, self._job.targets, candidates(self._session))
+
+    def _prepare(self, found: Found, targets: list[tuple[Disk, Candidate]]) -> None:
         """Raises RefusedError unless all of it may be carried out."""
         options = RestoreOptions(grow=self._job.grow, read_back=True)
-        for disk, target in _targets(found.manifest, self._job.targets, candidates(self._session)):
+        for disk, target in targets:
             item = prepare(self._session, found, disk, target.path, options)
             self._prepared.append(item)
             self._everyone.show(["", *describe(item)])
@@ -165,7 +173,7 @@ class _Run:
             self._session.log.add(f"the disc could not be ejected: {error.message}")
 
 
-def _targets(
+def _choose_targets(
     manifest: Manifest, rules: Sequence[TargetRule], found: Sequence[Candidate]
 ) -> list[tuple[Disk, Candidate]]:
     """A target for each rule. Raises RefusedError unless each disk has its own."""

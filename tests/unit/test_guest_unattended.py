@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -74,6 +74,19 @@ class Bench:
         return self.target.read_bytes() == BEFORE * SIZE
 
 
+class LastSecond(Watcher):
+    """Something happens when the countdown is nearly over."""
+
+    def __init__(self, happens: Callable[[], object]) -> None:
+        super().__init__()
+        self._happens = happens
+
+    def write(self, text: str) -> None:
+        super().write(text)
+        if "begins in 1 s" in text:
+            self._happens()
+
+
 @pytest.fixture
 def bench(tmp_path: Path, repo: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     return Bench(tmp_path, repo, monkeypatch)
@@ -116,6 +129,21 @@ def test_ctrl_c_while_it_is_written(bench: Bench, monkeypatch: pytest.MonkeyPatc
     assert "stopped by Ctrl-C: the target is not complete" in bench.line
     assert bench.run() == 0
     assert bench.target.read_bytes() == CONTENT
+
+
+def test_a_disk_that_comes_during_the_countdown(bench: Bench, tmp_path: Path) -> None:
+    """Two fit then, and the rule has to choose again."""
+    late = bench.candidate(make_file(tmp_path / "late", 2 * SIZE))
+    assert bench.run(LastSecond(lambda: bench.disks.append(late)), countdown=2) == 4
+    assert bench.is_untouched
+    assert "several disks are fit" in bench.line
+
+
+def test_another_disk_in_the_place_of_the_one_that_was_shown(bench: Bench, tmp_path: Path) -> None:
+    other = bench.candidate(make_file(tmp_path / "other", 2 * SIZE))
+    assert bench.run(LastSecond(lambda: bench.disks.__setitem__(0, other)), countdown=2) == 4
+    assert bench.is_untouched
+    assert "changed during the countdown" in bench.line
 
 
 def test_two_disks_that_fit(bench: Bench, tmp_path: Path) -> None:
