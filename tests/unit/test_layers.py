@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -143,6 +144,24 @@ def test_bootmedia() -> None:
         elif not is_below(module.name, "imager.cli"):
             wrong = [name for name in imports(module) if is_below(name, "bootmedia")]
             assert not wrong, f"{module.name}: only the command line knows bootmedia"
+
+
+def test_files_that_are_no_modules_are_installed() -> None:
+    """In a checkout they are there anyway: only an installed program misses them."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    data = {
+        path
+        for package, patterns in declared["package-data"].items()
+        for pattern in patterns
+        for path in ROOT.joinpath(*package.split(".")).glob(pattern)
+    }
+    there = {
+        path
+        for package in ("imager", "bootmedia")
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and path.suffix not in {".py", ".pyc"}
+    }
+    assert there == data
 
 
 def test_there_are_no_cycles() -> None:
