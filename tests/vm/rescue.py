@@ -45,10 +45,16 @@ class Person:
 
     def see(self, pattern: str, *, seconds: float = 120) -> str:
         """Wait for it behind what was seen before; returns its first group, or all of it."""
+        found = self.look(pattern, seconds=seconds)
+        return str(found[1] if found.re.groups else found[0])
+
+    def look(self, pattern: str, *, seconds: float = 120) -> re.Match[str]:
+        """As ``see``, with all groups."""
         begun = self._at
         self._at = self.machine.expect(pattern, timeout_seconds=seconds, after=begun)
-        found = re.findall(pattern, self.machine.log[begun:])
-        return str(found[0])
+        found = re.compile(pattern).search(self.machine.log, begun)
+        assert found is not None
+        return found
 
     def restore(self, target: str = "1", *, seconds: float = 600) -> str:
         """The first image onto a target, by the menu; returns what was said up to the question
