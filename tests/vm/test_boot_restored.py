@@ -69,7 +69,7 @@ def test_restored_disk_boots(restored: Path, firmware: Firmware, bus: Bus) -> No
         assert machine.run("systemctl is-active ssh") == "active\n"
         # Swap and the ESP are found by UUID, as fstab names them.
         assert machine.run("swapon --noheadings | wc -l") == "1\n"
-        assert machine.run("ls /boot/efi/EFI/BOOT") == "BOOTX64.EFI\n"
+        assert machine.run("ls /boot/efi/EFI/BOOT") == "BOOTX64.EFI  grubx64.efi\n"
 
 
 def test_restored_boot_partitions_are_identical(disk: Path, restored: Path) -> None:
