@@ -50,10 +50,15 @@ mount -t tmpfs -o size=75% memory /memory
 mkdir /memory/upper /memory/work
 mount -t overlay -o lowerdir=/host,upperdir=/memory/upper,workdir=/memory/work root /root
 for folder in proc sys dev; do mount --rbind /$folder /root/$folder; done
+mkdir /checkout
+mount --bind /root{checkout} /checkout
 for folder in tmp run dev/shm; do
     mkdir -p /root/$folder
     mount -t tmpfs -o mode=1777,size=75% tmpfs /root/$folder
 done
+# It may lie in one of these.
+mkdir -p /root{checkout}
+mount --bind /checkout /root{checkout}
 mkdir -p /lib/modules /root/lib/modules
 mount --bind {modules} /lib/modules
 mount --bind {modules} /root/lib/modules
@@ -205,6 +210,7 @@ def _initramfs(kernel: Path, command: str) -> bytes:
         first_modules=" ".join(path.name for path in first),
         modules=shlex.quote(f"/host{modules.parent}"),
         command=shlex.quote(command),
+        checkout=shlex.quote(str(CHECKOUT)),
     )
     archive = b"".join(
         _cpio_entry(name, 0o040755)
