@@ -63,7 +63,9 @@ mkdir -p /lib/modules /root/lib/modules
 mount --bind {modules} /lib/modules
 mount --bind {modules} /root/lib/modules
 for module in loop fuse; do modprobe $module; done
-[ -e /root/sbin/modprobe ] || cp /bin/busybox /root/sbin/modprobe
+# The host's own, if it has one, wants an index that the unpacked package has not.
+rm -f /root/sbin/modprobe
+cp /bin/busybox /root/sbin/modprobe
 ip link set lo up
 chroot /root /bin/sh -c {command}
 echo "imager-guest: exit code $?"
