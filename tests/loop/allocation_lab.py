@@ -21,6 +21,7 @@ from imager.allocation import AllocationMap, allocation_map
 from imager.blocksource import FileSource
 from imager.extents import Extents
 from imager.process import run
+from tests.support.disks import unmount
 
 MIB = 1 << 20
 
@@ -64,7 +65,7 @@ def mounted(image: Path, options: str = "loop") -> Iterator[Path]:
     try:
         yield folder
     finally:
-        run(["umount", str(folder)])
+        unmount(folder)
 
 
 def device_of(folder: Path) -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 from imager.errors import ToolError
 from imager.loopdevice import loop_device
 from imager.process import run
+from tests.support.disks import unmount
 
 _MOUNT_ATTEMPTS = 5
 _SCAN = ["btrfs", "device", "scan"]
@@ -28,7 +29,7 @@ def mounted_set(paths: Sequence[Path], options: str = "noatime") -> Iterator[Pat
         try:
             yield folder
         finally:
-            run(["umount", str(folder)])
+            unmount(folder)
 
 
 def check_set(paths: Sequence[Path]) -> int:

@@ -20,6 +20,7 @@ from imager.blocksource import FileSource, PartSource
 from imager.process import find_tool, run
 from tests.loop import allocation_lab
 from tests.loop.allocation_lab import MIB, make_image, patch, poison, read_map
+from tests.support.disks import unmount
 from tests.support.sources import MemorySource
 
 pytestmark = [
@@ -68,7 +69,7 @@ def _mounted(image: Path) -> Iterator[Path]:
             try:
                 yield folder
             finally:
-                run(["umount", str(folder)])
+                unmount(folder)
     finally:
         run(["losetup", "-d", device])
 

@@ -23,6 +23,7 @@ from imager.blocksource import FileSource, PartSource
 from imager.process import find_tool, run
 from tests.loop import allocation_lab
 from tests.loop.allocation_lab import MIB, fill, make_image, manifest, patch, poison, read_map
+from tests.support.disks import unmount
 from tests.support.sources import MemorySource
 
 pytestmark = [
@@ -78,7 +79,7 @@ def _mounted(image: Path, options: str = "", *, alive: float | None = None) -> I
             if alive is not None:
                 timer.join()
                 driver.wait()
-            run(["umount", str(folder)])
+            unmount(folder)
 
 
 def _files(image: Path) -> dict[str, object]:

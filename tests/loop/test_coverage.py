@@ -37,7 +37,7 @@ from tests.loop.allocation_lab import (
     read_map,
 )
 from tests.support.commandline import CHECKOUT, imager
-from tests.support.disks import digest, make_file, make_gpt, needs_loop, write_at
+from tests.support.disks import digest, make_file, make_gpt, needs_loop, unmount, write_at
 from tests.support.mdmembers import member as raid_member
 from tests.support.sources import MemorySource
 
@@ -230,7 +230,7 @@ def test_ntfs_is_read_by_its_own_driver(memory_path: Path) -> None:
     try:
         (folder / NAME).write_bytes(MARK * 200)
     finally:
-        process.run(["umount", str(folder)])
+        unmount(folder)
     found = _known_map(image, "exact")
     assert _prove(image, found).verdict == "proved"
     proof = _prove(image, _without(found, _blocks_with(image, MARK)))

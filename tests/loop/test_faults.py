@@ -95,8 +95,9 @@ def test_a_capture_killed_in_a_new_repository(tmp_path: Path) -> None:
     _, calls = run_until(0, *words, tmp_path / "other")
     for point in points(calls):
         repo = tmp_path / f"repo{point}"
-        outcome, _ = run_until(point, *words, repo)
-        assert outcome.code == -signal.SIGKILL
+        outcome, made = run_until(point, *words, repo)
+        # Calls differ by the few of a folder that two packs share by the chance of their names.
+        assert outcome.code == -signal.SIGKILL or (outcome.code == 0 and made < point)
         if (repo / "repository.json").exists():
             assert verified(repo)
         imager(*words, repo)

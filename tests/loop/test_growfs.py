@@ -15,6 +15,7 @@ from imager.growfs import can_grow, grow_filesystem
 from imager.loopdevice import loop_device
 from imager.partitions import Partition, read_partition_table
 from imager.tableedit import grow_last_partition
+from tests.support.disks import unmount
 
 MIB = 1 << 20
 
@@ -60,7 +61,7 @@ def mounted_size(device: str, folder: Path, *, write: bool) -> int:
         assert (folder / "file").read_bytes() == b"kept" * 100_000
         return shutil.disk_usage(folder).total
     finally:
-        tool("umount", str(folder))
+        unmount(folder)
 
 
 @pytest.mark.parametrize("kind", MAKERS)

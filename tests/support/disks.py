@@ -6,11 +6,13 @@ import contextlib
 import hashlib
 import os
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from imager.errors import ToolError
 from imager.loopdevice import loop_device
 from imager.process import run
 
@@ -120,7 +122,20 @@ def mounted(device: str | Path, folder: Path, options: str = "noatime") -> Itera
     try:
         yield folder
     finally:
-        run(["umount", str(folder)])
+        unmount(folder)
+
+
+def unmount(folder: Path, *, seconds: float = 20) -> None:
+    """Also one that somebody who looks at all mounts (mkfs, udev) holds for a moment."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            run(["umount", str(folder)])
+            return
+        except ToolError as error:
+            if "busy" not in error.message or time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
 
 
 def digest(path: str | Path) -> str:
