@@ -147,6 +147,9 @@ def test_a_move_in_progress(tmp_path: Path) -> None:
     with new_group(images) as (one, two):
         create("root", 20, one)
         tree = filled("/dev/vg/root", "ext4", tmp_path / "mnt", _fill)
+        # As slow as the kernel can be told to: it would be ready before its state is read.
+        run(["modprobe", "dm_mirror"])
+        Path("/sys/module/dm_mirror/parameters/raid1_resync_throttle").write_text("1")
         run(["pvmove", "-q", "-b", "-i", "3600", one, two])
         run(["sync"])
         maps = read_maps(images)
