@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import os
+import selectors
 import shlex
 import shutil
+import signal
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from time import monotonic
+from typing import IO
 
 from imager.errors import ToolError
+
+OnLine = Callable[[str], object]
+"""Is told a line, without its end."""
+
+# What is kept of a long-running program's messages, and how long it may take to end when asked to.
+_KEPT_BYTES = 64 << 10
+_END_SECONDS = 10.0
+_LOOK_SECONDS = 0.5
 
 # Debian keeps mkfs, sfdisk and resize2fs here; a user's PATH often lacks these folders.
 _SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/local/bin", "/usr/bin", "/bin")
@@ -38,28 +52,132 @@ def run(
     code that is not in ``accept``.
     """
     line = shlex.join(command)
-    variables = {**os.environ, "LC_ALL": "C", "PATH": search_path(), **(environment or {})}
     try:
         result = subprocess.run(
             command,
             input=input_bytes,
             stdin=subprocess.DEVNULL if input_bytes is None else None,
             capture_output=True,
-            env=variables,
+            env=_variables(environment),
             timeout=timeout_seconds,
             check=False,
         )
     except FileNotFoundError:
-        raise ToolError(
-            f"{command[0]} is not installed (needed for: {line})",
-            hint=f"install the package that provides {command[0]}",
-        ) from None
+        raise _not_installed(command) from None
     except subprocess.TimeoutExpired:
         raise ToolError(f"no end after {timeout_seconds} s: {line}") from None
     if result.returncode not in set(accept):
         said = (result.stderr or result.stdout).decode(errors="replace").strip()
         raise ToolError(f"exit code {result.returncode} from: {line}\n{said}")
     return result
+
+
+def follow(
+    command: list[str],
+    *,
+    on_output: OnLine | None = None,
+    on_error: OnLine | None = None,
+    accept: Iterable[int] = (0,),
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+    timeout_seconds: float | None = None,
+) -> int:
+    """Run a program that takes long and tell its lines as they come; returns its exit code.
+
+    ``on_output`` gets those of standard output, ``on_error`` those of standard error. The program
+    has a process group of its own, which is ended when the time is up and when an exception comes
+    from a callback or an interrupt. Raises ToolError as ``run``, with the end of what it said.
+    """
+    line = shlex.join(command)
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=_variables(environment),
+            cwd=folder,
+            start_new_session=True,
+        )
+    except FileNotFoundError:
+        raise _not_installed(command) from None
+    except OSError as error:
+        raise ToolError(f"{command[0]} cannot be started: {error.strerror}") from None
+    deadline = None if timeout_seconds is None else monotonic() + timeout_seconds
+    with process:
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            said = _tell_lines(
+                {process.stdout: on_output, process.stderr: on_error}, process, deadline
+            )
+            code = process.wait(_left(deadline))
+        except subprocess.TimeoutExpired:
+            raise ToolError(f"no end after {timeout_seconds:g} s: {line}") from None
+        finally:
+            _end_group(process)
+    if code not in set(accept):
+        raise ToolError(f"exit code {code} from: {line}\n{said}")
+    return code
+
+
+def _tell_lines(
+    pipes: dict[IO[bytes], OnLine | None], process: subprocess.Popen[bytes], deadline: float | None
+) -> str:
+    """Until both ends are closed; the end of what came by standard error, else by output."""
+    pending = dict.fromkeys(pipes, b"")
+    kept = dict.fromkeys(pipes, b"")
+    with selectors.DefaultSelector() as selector:
+        for pipe in pipes:
+            selector.register(pipe, selectors.EVENT_READ)
+        while selector.get_map():
+            left = _left(deadline)
+            events = selector.select(_LOOK_SECONDS if left is None else min(left, _LOOK_SECONDS))
+            if not events and process.poll() is not None:
+                break  # what it started in the background holds the other end
+            for key, _ in events:
+                pipe = next(each for each in pipes if each is key.fileobj)
+                content = os.read(pipe.fileno(), 1 << 16)
+                if not content:
+                    selector.unregister(pipe)
+                    content = b"\n" if pending[pipe] else b""
+                kept[pipe] = (kept[pipe] + content)[-_KEPT_BYTES:]
+                *lines, pending[pipe] = (pending[pipe] + content).split(b"\n")
+                tell = pipes[pipe]
+                for text in lines if tell else ():
+                    assert tell is not None
+                    tell(text.decode(errors="replace").rstrip("\r"))
+            if deadline is not None and monotonic() >= deadline:
+                raise subprocess.TimeoutExpired(process.args, 0)
+    output, error = kept.values()
+    return (error.strip() or output.strip()).decode(errors="replace")
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(deadline - monotonic(), 0)
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """Nothing to do for one that has ended by itself."""
+    if process.poll() is not None:
+        return
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _variables(more: Mapping[str, str] | None) -> dict[str, str]:
+    return {**os.environ, "LC_ALL": "C", "PATH": search_path(), **(more or {})}
+
+
+def _not_installed(command: list[str]) -> ToolError:
+    return ToolError(
+        f"{command[0]} is not installed (needed for: {shlex.join(command)})",
+        hint=f"install the package that provides {command[0]}",
+    )
 
 
 def attend(command: list[str], terminal: int) -> int:
