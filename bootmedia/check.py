@@ -7,19 +7,29 @@ What the rescue system says goes to a file; when its ready line is there, QEMU i
 from __future__ import annotations
 
 import re
-import shutil
-import socket
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from imager.errors import ImagerError, ToolError, UsageError
+from imager.acceleration import (
+    QEMU,
+    acceleration_options,
+    choose_acceleration,
+    quit_machine,
+)
+from imager.errors import ImagerError, ToolError
+from imager.firmware import (
+    FIRMWARE_NAMES,
+    OVMF,
+    firmware_missing,
+    firmware_options,
+    machine_options,
+)
 from imager.jsonrecord import JsonRecord
 from imager.process import find_tool, run
 from imager.progress import Progress
@@ -29,11 +39,8 @@ BOOT_SECONDS = 300
 """Time for one boot: some 20 s emulated on an idle machine, many times that on a loaded one."""
 MEMORY = 1 << 30
 """Bytes of memory of the machine that is emulated."""
-ACCELERATIONS = ("auto", "kvm", "tcg")
 
-_QEMU = "qemu-system-x86_64"
-_OVMF = Path("/usr/share/OVMF")
-_PROBE_SECONDS = 10.0
+_OVMF = OVMF
 _POLL_SECONDS = 0.2
 
 # What cannot end well, so that nobody waits for the time limit.
@@ -57,8 +64,7 @@ class Mode(NamedTuple):
 
     @property
     def name(self) -> str:
-        firmware = {"bios": "BIOS", "uefi": "UEFI", "secureboot": "Secure Boot"}[self.firmware]
-        return f"{firmware} {self.bus.upper()}"
+        return f"{FIRMWARE_NAMES[self.firmware]} {self.bus.upper()}"
 
 
 MODES = (
@@ -98,9 +104,9 @@ def check_boots(
     ``signed``: the medium is made for Secure Boot. ``memory`` in bytes. Raises ToolError without
     QEMU, UsageError for an acceleration that is not known or does not work.
     """
-    if find_tool(_QEMU) is None:
+    if find_tool(QEMU) is None:
         raise ToolError(
-            f"{_QEMU} is not installed: the medium cannot be booted here",
+            f"{QEMU} is not installed: the medium cannot be booted here",
             hint="install QEMU (Debian: qemu-system-x86 and ovmf), or try it on a machine",
         )
     acceleration = choose_acceleration(accel)
@@ -120,66 +126,7 @@ def why_not(mode: Mode, *, signed: bool = True, firmware_folder: Path = _OVMF) -
     """What keeps this machine or this medium from a mode; empty when nothing does."""
     if mode.firmware == "secureboot" and not signed:
         return "the medium was built without signed boot loaders or without a signed kernel"
-    missing = [name for name in _firmware_files(mode) if not (firmware_folder / name).exists()]
-    if missing:
-        return f"{firmware_folder / missing[0]} is not there (Debian: install ovmf)"
-    return ""
-
-
-def choose_acceleration(wanted: str) -> str:
-    """``kvm`` or ``tcg``. Raises UsageError when kvm is asked for and does not work."""
-    if wanted not in ACCELERATIONS:
-        raise UsageError(f"--accel {wanted}: it can be {', '.join(ACCELERATIONS)}")
-    if wanted == "tcg":
-        return "tcg"
-    if kvm_works():
-        return "kvm"
-    if wanted == "kvm":
-        raise UsageError("kvm does not run a machine here", hint="use --accel tcg")
-    return "tcg"
-
-
-def kvm_works(device: Path = Path("/dev/kvm")) -> bool:
-    """Whether a machine really runs with KVM; on some hosts the first call into it never returns.
-
-    So QEMU is started apart from this process, and nobody waits for its end: the firmware has some
-    seconds to say its first word on its debug port.
-    """
-    if not device.exists():
-        return False
-    with tempfile.TemporaryDirectory(prefix="imager-kvm-") as name:
-        said, monitor = Path(name) / "said", Path(name) / "monitor"
-        machine = [
-            *(_QEMU, "-accel", "kvm", "-machine", "q35", "-m", "64", "-nodefaults"),
-            *("-display", "none", "-chardev", f"file,id=word,path={said}"),
-            *("-device", "isa-debugcon,iobase=0x402,chardev=word"),
-            *("-monitor", f"unix:{monitor},server=on,wait=off"),
-        ]
-        run([sys.executable, "-c", _START_APART, str(int(_PROBE_SECONDS)), *machine])
-        deadline = time.monotonic() + _PROBE_SECONDS
-        while time.monotonic() < deadline:
-            if said.exists() and said.stat().st_size:
-                _quit(monitor)
-                return True
-            time.sleep(_POLL_SECONDS)
-    return False
-
-
-# A session of its own and no pipes of ours; what can still be ended ends by an alarm signal.
-_START_APART = """
-import os, signal, sys
-if os.fork():
-    os._exit(0)
-os.setsid()
-quiet = os.open(os.devnull, os.O_RDWR)
-for number in (0, 1, 2):
-    os.dup2(quiet, number)
-signal.alarm(int(sys.argv[1]))
-try:
-    os.execvp(sys.argv[2], sys.argv[2:])
-finally:
-    os._exit(1)
-"""
+    return firmware_missing(mode.firmware, firmware_folder)
 
 
 def _boot(iso: Path, mode: Mode, accel: str, memory: int, limit_seconds: float) -> Attempt:
@@ -234,7 +181,7 @@ def _running(command: list[str], scratch: Path, limit_seconds: float) -> Iterato
         yield machine
     finally:
         while machine.thread.is_alive():
-            _quit(machine.monitor)
+            quit_machine(machine.monitor)
             machine.thread.join(_POLL_SECONDS)
 
 
@@ -254,26 +201,17 @@ def _wait_for_ready(machine: _Machine, deadline: float) -> str:
         time.sleep(_POLL_SECONDS)
 
 
-def _quit(monitor: Path) -> None:
-    with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(1)
-        connection.connect(str(monitor))
-        connection.sendall(b"quit\n")
-        connection.recv(1 << 12)
-
-
 def _machine(iso: Path, mode: Mode, accel: str, memory: int, scratch: Path) -> list[str]:
-    is_secure = mode.firmware == "secureboot"
     return [
         # The kernel ends QEMU when the thread that started it dies, however it dies.
         *("setpriv", "--pdeathsig", "KILL", "--"),
-        *(_QEMU, "-accel", "tcg,thread=multi" if accel == "tcg" else accel, "-cpu", "max"),
-        *("-machine", "q35,graphics=off,smm=on" if is_secure else "q35,graphics=off"),
+        *(QEMU, *acceleration_options(accel)),
+        *machine_options(mode.firmware, "graphics=off"),
         *("-smp", "2", "-m", f"{memory >> 20}M", "-nodefaults", "-display", "none"),
         *("-serial", f"file:{scratch / 'console'}", "-no-reboot"),
         *("-monitor", f"unix:{scratch / 'monitor'},server=on,wait=off"),
         *_drive(iso, mode),
-        *_firmware(mode, scratch),
+        *firmware_options(mode.firmware, scratch / "variables", _OVMF),
     ]
 
 
@@ -285,27 +223,3 @@ def _drive(iso: Path, mode: Mode) -> list[str]:
     drive = f"if=none,id=medium,format=raw,snapshot=on,file={path}"
     stick = "usb-storage,drive=medium,bootindex=0,removable=on"
     return ["-drive", drive, "-device", "qemu-xhci", "-device", stick]
-
-
-def _firmware_files(mode: Mode) -> tuple[str, ...]:
-    """Code and variables; BIOS comes with QEMU."""
-    return {
-        "bios": (),
-        "uefi": ("OVMF_CODE_4M.fd", "OVMF_VARS_4M.fd"),
-        "secureboot": ("OVMF_CODE_4M.secboot.fd", "OVMF_VARS_4M.ms.fd"),
-    }[mode.firmware]
-
-
-def _firmware(mode: Mode, scratch: Path) -> list[str]:
-    files = _firmware_files(mode)
-    if not files:
-        return []
-    code, variables = files
-    shutil.copyfile(_OVMF / variables, scratch / "variables")
-    options = [
-        *("-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={_OVMF / code}"),
-        *("-drive", f"if=pflash,format=raw,unit=1,file={scratch / 'variables'}"),
-    ]
-    if mode.firmware == "secureboot":
-        options += ["-global", "driver=cfi.pflash01,property=secure,value=on"]
-    return options

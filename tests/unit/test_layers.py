@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[2]
 LAYERS = {
     "foundation": "errors extents jsonrecord pipeline process progress sysfs units",
     "formats": "config format initramfs marker mbr partitiontypes",
-    "devices": "allocation blocksource contents deviceuse diskidentity fingerprint gpt growfs "
-    "loopdevice partitions reading store tableedit target",
+    "devices": "acceleration allocation blocksource contents deviceuse diskidentity fingerprint "
+    "firmware gpt growfs loopdevice partitions reading store tableedit target",
     "repository": "blockindex blockmap layout manifest pack repository",
     "engines": "belonging capture diff diskmap plan restore verify",
     "command line": "cli __main__",

@@ -3,13 +3,12 @@ a QEMU that plays its part."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
 
 from bootmedia import check
-from bootmedia.check import MODES, Mode, check_boots, choose_acceleration, kvm_works, why_not
+from bootmedia.check import MODES, Mode, check_boots, why_not
 from bootmedia.fitness import version_key, warnings_about
 from bootmedia.job import NetworkSetup, PinnedImage, TargetRule
 from bootmedia.medium import RECORD_PATH, Medium, marker_path, medium_id
@@ -237,33 +236,6 @@ def test_without_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "find_tool", lambda name: None)
     with pytest.raises(ToolError, match="not installed"):
         try_boots(tmp_path, MODES[0])
-
-
-def test_kvm_is_probed_without_waiting_for_it(
-    qemu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On some hosts the first call into KVM never returns, and no signal ends it."""
-    monkeypatch.setattr(check, "_PROBE_SECONDS", 1.0)
-    device = tmp_path / "kvm"
-    assert not kvm_works(device)
-    device.touch()
-    play(qemu, "trap '' ALRM TERM; sleep 3")
-    started = time.monotonic()
-    assert not kvm_works(device)
-    assert time.monotonic() - started < 2.5
-    play(qemu, 'echo SeaBIOS > "$said"')
-    assert kvm_works(device)
-
-
-def test_acceleration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "kvm_works", lambda: False)
-    assert choose_acceleration("tcg") == choose_acceleration("auto") == "tcg"
-    with pytest.raises(UsageError):
-        choose_acceleration("kvm")
-    with pytest.raises(UsageError):
-        choose_acceleration("hvf")
-    monkeypatch.setattr(check, "kvm_works", lambda: True)
-    assert choose_acceleration("auto") == choose_acceleration("kvm") == "kvm"
 
 
 def test_target_rules() -> None:
