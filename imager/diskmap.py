@@ -68,7 +68,7 @@ def _spread(start: int, end: int, size: int, cells: int) -> Iterator[tuple[int, 
         start, cell = max(stop, start), cell + 1
 
 
-def _dominant(shares: dict[State, float]) -> State:
+def dominant_state(shares: dict[State, float]) -> State:
     """What a cell is drawn as: unreadable at any share, used before the rest."""
     if shares[State.UNREADABLE]:
         return State.UNREADABLE
@@ -79,7 +79,7 @@ def draw_text(disk_map: DiskMap, *, columns: int, colour: bool) -> str:
     """Rows of one glyph a cell, and a legend."""
     glyphs = [
         f"\033[{_ANSI[state]}m{_GLYPHS[state]}\033[0m" if colour else _GLYPHS[state]
-        for state in map(_dominant, disk_map.cells)
+        for state in map(dominant_state, disk_map.cells)
     ]
     rows = ["".join(glyphs[at : at + columns]) for at in range(0, len(glyphs), columns)]
     legend = "   ".join(
@@ -132,7 +132,7 @@ def _svg_partitions(disk: Disk, y: int, height: int, width: int) -> Iterator[str
 def _svg_cells(disk_map: DiskMap, y: int) -> Iterator[str]:
     for n, shares in enumerate(disk_map.cells):
         left, upper = n % _SVG_COLUMNS * _SVG_CELL, y + n // _SVG_COLUMNS * _SVG_CELL
-        state = _dominant(shares)
+        state = dominant_state(shares)
         words = ", ".join(f"{NAMES[s]} {shares[s]:.0%}" for s in STATES if shares[s])
         yield (
             f'<rect x="{left}" y="{upper}" width="{_SVG_CELL - 1}" height="{_SVG_CELL - 1}" '

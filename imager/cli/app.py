@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from imager import __version__
-from imager.cli import images, media, removing, repo, restoring, sources, verifying
+from imager.cli import images, media, removing, repo, reporting, restoring, sources, verifying
 
 _HELP = """Image disks below the filesystem, and bring whole servers back.
 
@@ -53,5 +53,6 @@ app.command("pin")(removing.pin)
 app.command("unpin")(removing.unpin)
 app.command("prune")(removing.prune)
 app.command("gc")(removing.gc)
+app.command("report")(reporting.report)
 app.add_typer(repo.app, name="repo")
 app.add_typer(media.app, name="media")
