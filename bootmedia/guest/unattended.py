@@ -51,6 +51,7 @@ class _Run:
         self._session, self._job, self._everyone = session, job, everyone
         self._prepared: list[Prepared] = []
         self._image = job.image
+        self._left_out: tuple[str, ...] = ()
 
     def run(self) -> int:
         code, reason = self._outcome()
@@ -80,9 +81,11 @@ class _Run:
         except Exception as error:
             self._session.log.add_error(error)
             return _FAILED, f"an error of the program itself: {error!r}"
+        rest = f"; left out, as told: {', '.join(self._left_out)}" if self._left_out else ""
         if any(item.plan.missing for item in self._prepared):
-            return _PARTIAL, "restored, but for what could not be read when the image was made"
-        return _DONE, "restored and read back"
+            missing = "restored, but for what could not be read when the image was made"
+            return _PARTIAL, missing + rest
+        return _DONE, "restored and read back" + rest
 
     def _restore(self) -> None:
         before, self._session.ask_for_volume = self._session.ask_for_volume, self._wait_for_volume
@@ -90,6 +93,7 @@ class _Run:
             found = self._find()
             self._image = found.manifest.id
             targets = self._targets(found.manifest)
+            self._left_out = _without_a_rule(found.manifest, self._job.targets)
             self._prepare(found, targets)
             self._count_down()
             if self._targets(found.manifest) != targets:
@@ -171,6 +175,12 @@ class _Run:
             eject(old)
         except ImagerError as error:
             self._session.log.add(f"the disc could not be ejected: {error.message}")
+
+
+def _without_a_rule(manifest: Manifest, rules: Sequence[TargetRule]) -> tuple[str, ...]:
+    """Disks of the image that stay as they are in the machine: each line of result names them."""
+    ruled = {rule.disk for rule in rules}
+    return tuple(disk.name for disk in manifest.disks if disk.name not in ruled)
 
 
 def _choose_targets(

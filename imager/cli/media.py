@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -137,6 +138,8 @@ def build(
             then=then,
             report_url=report_url,
         )
+        for disk in {disk.name for disk in manifest.disks} - {rule.disk for rule in plan.targets}:
+            print(f"note: no --unattended for disk {disk}: it is not restored", file=sys.stderr)
         if manifest.id not in {carried.id for carried in manifests}:
             named.append(manifest)
         if named and not fetch:

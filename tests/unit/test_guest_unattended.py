@@ -177,6 +177,18 @@ def test_one_target_for_two_disks(bench: Bench) -> None:
     assert bench.is_untouched
 
 
+def test_a_disk_without_a_rule_is_named(bench: Bench) -> None:
+    """Whoever asked for one disk of two gets it, and reads that the other is as it was."""
+    repository = Repository.open(str(bench.repo))
+    document = bench.manifest.document
+    disks = [*document["disks"], {**document["disks"][0], "name": "sdz"}]
+    other = "20200101t000000z-00000000"
+    repository.commit(document | {"id": other, "disks": disks})
+    assert bench.run(image=other) == 0
+    assert bench.target.read_bytes() == CONTENT
+    assert bench.line.endswith("reason=restored and read back; left out, as told: sdz")
+
+
 def test_a_changed_image(bench: Bench) -> None:
     bench.pinned = (PinnedImage(bench.manifest.id, "web1", (PinnedDisk(bench.name, "0" * 64),)),)
     assert bench.run() == 3
