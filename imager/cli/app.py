@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from imager import __version__
-from imager.cli import images, media, removing, repo, reporting, restoring, sources, verifying
+from imager.cli import data, images, media, removing, repo, reporting, restoring, sources, verifying
 
 _HELP = """Image disks below the filesystem, and bring whole servers back.
 
@@ -56,3 +56,4 @@ app.command("gc")(removing.gc)
 app.command("report")(reporting.report)
 app.add_typer(repo.app, name="repo")
 app.add_typer(media.app, name="media")
+app.add_typer(data.app, name="data")
