@@ -21,6 +21,7 @@ from imager.format import seal, unseal
 from imager.manifest import new_document
 from imager.pack import pack_name
 from imager.progress import Progress
+from imager.proofs import remove_orphans
 from imager.references import used_packs
 from imager.repository import Repository, TrashList, utc_now
 
@@ -82,6 +83,7 @@ class _Collector:
         if new:
             old.append(self._condemn(new))
         self._finish(old)
+        remove_orphans(self._repository, set(self._repository.image_ids()))
         self._store.clear_leftovers()
         return self._result
 

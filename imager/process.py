@@ -8,8 +8,9 @@ import shlex
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import IO
@@ -167,6 +168,60 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+class Companion:
+    """A program that runs beside this one; ``pid`` is its own as long as it runs."""
+
+    def __init__(self, process: subprocess.Popen[bytes], said: IO[bytes]) -> None:
+        self._process = process
+        self._said = said
+        self.pid = process.pid
+
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
+
+    def wait(self, timeout_seconds: float) -> bool:
+        """Whether it has ended within the time."""
+        try:
+            self._process.wait(timeout_seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def said(self) -> str:
+        """The end of its output and its messages."""
+        size = os.fstat(self._said.fileno()).st_size
+        kept = os.pread(self._said.fileno(), _KEPT_BYTES, max(size - _KEPT_BYTES, 0))
+        return kept.decode(errors="replace").strip()
+
+
+@contextmanager
+def beside(command: list[str], *, inherit: Iterable[int] = ()) -> Iterator[Companion]:
+    """Run a program beside this one until the block ends, which kills it if it still runs.
+
+    It has a session of its own, so Ctrl-C is not for it, and gets the open files of ``inherit``.
+    When this process is killed, so is it. Raises ToolError when it is missing.
+    """
+    if find_tool(command[0]) is None:
+        raise _not_installed(command)
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            # The kernel ends it when the thread that started it does, however that ends.
+            ["setpriv", "--pdeathsig", "KILL", "--", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+            env=_variables(None),
+            pass_fds=tuple(inherit),
+            start_new_session=True,
+        )
+        try:
+            yield Companion(process, said)
+        finally:
+            process.kill()
+            process.wait()
 
 
 def _variables(more: Mapping[str, str] | None) -> dict[str, str]:

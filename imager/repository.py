@@ -40,6 +40,9 @@ from imager.store import WriteStore, open_store
 # Chosen by measurement, see docs/performance.md.
 DEFAULT_BLOCK_SIZE = 256 << 10
 
+PROOFS = "proofs"
+"""The folder of what proves images (``imager.proofs``), by image."""
+
 # Open packs are kept as long as their tables have no more entries in all, of some 250 bytes each:
 # 1000 packs of ordinary blocks.
 _OPEN_ENTRIES = 1 << 17
@@ -223,8 +226,16 @@ class Repository:
             ) from None
 
     def remove(self, image_id: str) -> None:
-        """Remove an image. Its blocks stay until a gc."""
+        """Remove an image, and its proofs. Its blocks stay until a gc."""
         self.store.delete(_manifest_name(image_id))
+        self.remove_proofs(image_id)
+
+    def remove_proofs(self, image_id: str) -> None:
+        """The documents first, so that none is left without its evidence."""
+        names = list(self.store.names(f"{PROOFS}/{image_id}"))
+        for name in sorted(names, key=lambda name: not name.endswith(".json")):
+            with suppress(ObjectMissing):
+                self.store.delete(name)
 
     # --- pins ---
 
