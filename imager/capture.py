@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from time import monotonic
@@ -73,6 +73,8 @@ class CaptureJob:
     consistency: str = "offline"
     hardware: Fingerprint | None = None
     warnings: tuple[str, ...] = ()
+    additions: Callable[[], Mapping[str, Any]] = dict
+    """Called once when the disks are stored, before the commit: further keys of the manifest."""
     workers: int = field(default_factory=worker_count)
 
 
@@ -104,6 +106,7 @@ def capture(job: CaptureJob, repository: Repository, progress: Progress) -> Mani
     image_id, started = new_image_id(), monotonic()
     previous = repository.latest(job.name)
     document = _new_manifest(image_id, job, repository, previous)
+    added: Mapping[str, Any] | None = None
     with _session(repository, image_id):
         for _ in range(_MAX_PASSES):
             stored = repository.stored_blocks()
@@ -111,6 +114,7 @@ def capture(job: CaptureJob, repository: Repository, progress: Progress) -> Mani
                 progress.note(f"not shared, its blocks are stored again: {text}")
             statistics = Statistics()
             disks, shared = _store_disks(job, repository, previous, stored, statistics, progress)
+            added = job.additions() if added is None else added
             if not shared & repository.condemned():
                 break
             progress.note("a gc took packs that this capture shares: storing those blocks again")
@@ -118,6 +122,7 @@ def capture(job: CaptureJob, repository: Repository, progress: Progress) -> Mani
             raise ImagerError("a gc keeps removing what this capture shares: run it again later")
         statistics.milliseconds = int((monotonic() - started) * 1000)
         document |= {
+            **(added or {}),
             "disks": disks,
             "partial": any(disk["unreadable"] for disk in disks),
             "finished": utc_now(),

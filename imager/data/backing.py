@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from imager.data.engines import open_engine
 from imager.data.model import DataBackup, DataEntry, backups_of, without_secrets
@@ -12,6 +13,40 @@ from imager.errors import ImagerError
 from imager.progress import Progress
 from imager.repository import Repository, utc_now
 from imager.retention import Snapshot, judge
+
+
+class DataRun:
+    """The data backups of one image, from the first one to the commit and what follows it.
+
+    ``before`` is called first, ``additions`` when the disks are stored, ``after`` when the image
+    is committed.
+    """
+
+    def __init__(self, entries: Iterable[DataEntry], progress: Progress) -> None:
+        self._entries = list(entries)
+        self._progress = progress
+        self.backups: list[DataBackup] = []
+        self.failures: list[str] = []
+        """What could not be removed; no backup is less for it."""
+
+    def before(self) -> None:
+        """Raises ImagerError when one that is required fails: no image is to be made then."""
+        self.backups += back_up(self._entries, "before", self._progress)
+
+    def additions(self) -> dict[str, Any]:
+        """Run those that come after the image; all of them, for the manifest."""
+        self.backups += back_up(self._entries, "after", self._progress)
+        if not self.backups:
+            return {}
+        return {"data": [backup.to_json() for backup in self.backups]}
+
+    def after(self, repository: Repository) -> None:
+        """Drop old snapshots."""
+        self.failures += drop_old(self._entries, repository, self._progress)
+
+    @property
+    def whole(self) -> bool:
+        return all(backup.whole for backup in self.backups) and not self.failures
 
 
 def back_up(entries: Iterable[DataEntry], when: str, progress: Progress) -> list[DataBackup]:
@@ -105,7 +140,3 @@ def _drop_old(entry: DataEntry, paired: Collection[str], progress: Progress) -> 
     if old:
         engine.forget(old)
         progress.note(f"data backup {entry.name}: {len(old)} old snapshots removed")
-
-
-def are_whole(backups: Iterable[DataBackup]) -> bool:
-    return all(backup.whole for backup in backups)
