@@ -7,28 +7,21 @@ filesystem.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from imager.allocation import AllocationMap, Companion, Filesystem, identify
-from imager.allocation.model import all_used
-from imager.blocksource import BlockSource, PartSource
 from imager.bootdrivers import Aliases, BootDrivers, read_aliases, read_boot_drivers
 from imager.coverage.files import mounted as mounted_view
 from imager.coverage.view import open_view
 from imager.errors import ImagerError
 from imager.extents import Extents
 from imager.imagesource import ImageSource
+from imager.imagevolumes import MOUNTABLE, ImageVolume, OpenDisk, image_volumes
 from imager.manifest import Manifest
 from imager.repository import Repository
 from imager.rootfolder import RootFolder
-
-_MOUNTABLE = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "vfat", "exfat", "f2fs", "ntfs"})
-_CONTAINERS = frozenset({"lvm2", "md"})
 
 # Debian's and Arch's subvolume, SUSE's, Fedora's: where a root lies in a Btrfs.
 _ROOT_FOLDERS = ("", "@", "@/.snapshots/1/snapshot", "root", "@rootfs")
@@ -37,36 +30,12 @@ _ROOT_FOLDERS = ("", "@", "@/.snapshots/1/snapshot", "root", "@rootfs")
 _MOST_VOLUMES = 32
 
 
-@dataclass(frozen=True)
-class ImageVolume:
-    """A partition or logical volume of an image; ``name`` is like "sda 2" or "vg/root"."""
-
-    name: str
-    source: BlockSource
-    filesystem: Filesystem
-    reason: str | None = None
-    """Why it is not readable."""
-
-
 class ImageDrivers(NamedTuple):
     """What an image's own root filesystem says; ``reason`` why it says nothing."""
 
     drivers: BootDrivers | None
     aliases: Aliases | None
     reason: str | None
-
-
-def image_volumes(sources: Sequence[tuple[str, BlockSource, Manifest]]) -> list[ImageVolume]:
-    """All volumes of an image's disks, logical ones too. Each source is a disk with its name."""
-    found: list[ImageVolume] = []
-    for name, source, manifest in sources:
-        disk = next(item for item in manifest.disks if item.name == name)
-        parts = [p for p in disk.table.partitions if p.kind != "extended" and p.end <= source.size]
-        places = [(f"{name} {p.number}", p.offset, p.size) for p in parts]
-        for label, offset, size in places or [(name, 0, source.size)]:
-            part = PartSource(source, offset, size)
-            found.append(ImageVolume(label, part, identify(part)))
-    return [inner for volume in found for inner in _opened(volume, found)]
 
 
 @contextmanager
@@ -89,11 +58,11 @@ def read_image_drivers(repository: Repository, manifest: Manifest) -> ImageDrive
     """Look into an image for its kernel, initramfs and modules; never raises for what is there."""
     try:
         with ExitStack() as stack:
-            sources: list[tuple[str, BlockSource, Manifest]] = [
-                (disk.name, stack.enter_context(ImageSource(repository, disk)), manifest)
+            disks = [
+                OpenDisk(disk, stack.enter_context(ImageSource(repository, disk)))
                 for disk in manifest.disks
             ]
-            return _drivers_of(image_volumes(sources))
+            return _drivers_of(image_volumes(disks))
     except (ImagerError, OSError) as error:
         return ImageDrivers(None, None, f"the image's filesystems are not readable: {error}")
 
@@ -102,7 +71,7 @@ def _drivers_of(volumes: list[ImageVolume]) -> ImageDrivers:
     """Of the root filesystem, with the one that is mounted at its /boot."""
     reasons = []
     for volume in volumes[:_MOST_VOLUMES]:
-        if volume.filesystem.kind not in _MOUNTABLE - {"vfat", "exfat", "ntfs"}:
+        if volume.filesystem.kind not in MOUNTABLE - {"vfat", "exfat", "ntfs"}:
             if volume.reason:
                 reasons.append(f"{volume.name}: {volume.reason}")
             continue
@@ -153,52 +122,3 @@ def _boot_volume(root: Path, own: ImageVolume, volumes: list[ImageVolume]) -> Im
             if volume is not own and words[0].replace('"', "").lower() in names:
                 return volume
     return None
-
-
-# --- containers ---------------------------------------------------------------------------------
-
-
-def _opened(volume: ImageVolume, others: list[ImageVolume]) -> list[ImageVolume]:
-    """The volume itself, or what it holds."""
-    kind = volume.filesystem.kind
-    if kind in _CONTAINERS:
-        return _inside(volume, others)
-    if kind in _MOUNTABLE:
-        member = volume.filesystem.member_of
-        if member is not None and member.members not in (None, 1):
-            reason = f"a {kind} over {member.members} devices"
-            return [ImageVolume(volume.name, volume.source, volume.filesystem, reason)]
-        return [volume]
-    reason = "it is encrypted" if kind == "luks" else f"{kind} can't be mounted"
-    return [ImageVolume(volume.name, volume.source, volume.filesystem, reason)]
-
-
-def _inside(container: ImageVolume, others: list[ImageVolume]) -> list[ImageVolume]:
-    """What the container's own reader looks into: plain logical volumes, the data of a mirror."""
-    found: list[ImageVolume] = []
-
-    def look_inside(source: BlockSource) -> tuple[Filesystem, AllocationMap]:
-        inner = identify(source)
-        found.extend(_opened(ImageVolume(source.path, source, inner), []))
-        return inner, all_used(source, "not asked for")
-
-    kind = container.filesystem.kind
-    companions = [
-        Companion(other.filesystem, other.source)
-        for other in others
-        if other is not container and _set_of(other) == _set_of(container) is not None
-    ]
-    try:
-        module = import_module(f"imager.allocation.{kind}")
-        module.allocation_map(container.source, container.filesystem, companions, look_inside)
-    except (ImagerError, OSError, ValueError, LookupError) as error:
-        return [ImageVolume(container.name, container.source, container.filesystem, str(error))]
-    if not found:
-        reason = f"nothing in this {kind} is plain enough to be read"
-        return [ImageVolume(container.name, container.source, container.filesystem, reason)]
-    return found
-
-
-def _set_of(volume: ImageVolume) -> str | None:
-    member = volume.filesystem.member_of
-    return f"{member.set_kind} {member.set_id}" if member else None

@@ -14,8 +14,9 @@ from imager.compatibility import compare
 from imager.diskidentity import DiskIdentity
 from imager.errors import ImagerError
 from imager.fingerprint import Device, Fingerprint
-from imager.imagemount import image_volumes, mounted, read_image_drivers
+from imager.imagemount import mounted, read_image_drivers
 from imager.imagesource import ImageSource
+from imager.imagevolumes import OpenDisk, image_volumes
 from imager.layout import read_layout
 from imager.manifest import Manifest
 from imager.process import run
@@ -42,7 +43,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> tuple[Repository, Manifes
 def test_volumes(image: tuple[Repository, Manifest]) -> None:
     repository, manifest = image
     with ImageSource(repository, manifest.disks[0]) as source:
-        found = image_volumes([("sda", source, manifest)])
+        found = image_volumes([OpenDisk(manifest.disks[0], source)])
         assert [volume.name for volume in found] == ["sda 1", "sda 2", "sda 3", "sda 4"]
         with pytest.raises(ImagerError, match="sda 3 is not readable: swap"):
             mounted(found[2]).__enter__()
@@ -96,7 +97,7 @@ def test_a_logical_volume_in_two_pieces(tmp_path: Path) -> None:
         disk = SourceDisk("sda", source, read_layout(source), DiskIdentity(size=source.size))
         manifest = capture(CaptureJob(disks=(disk,), name="lvm"), repository, NullProgress())
     with ImageSource(repository, manifest.disks[0]) as opened:
-        (found,) = image_volumes([("sda", opened, manifest)])
+        (found,) = image_volumes([OpenDisk(manifest.disks[0], opened)])
         assert found.name == "vg/root"
         with mounted(found) as folder:
             assert (folder / "etc/hostname").read_text() == "inside\n"
