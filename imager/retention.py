@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, fields
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import NamedTuple
 
-from imager.errors import UsageError
+from imager.errors import ObjectMissing, UsageError
+from imager.manifest import Manifest
+from imager.repository import Repository
 
 
 class Snapshot(NamedTuple):
@@ -29,6 +32,13 @@ class Snapshot(NamedTuple):
     @property
     def group(self) -> tuple[str, str, tuple[str, ...]]:
         return self.name, self.host, self.disks
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Snapshot:
+        disks = tuple(disk.name for disk in manifest.disks)
+        # the id begins with the time (docs/format.md, "Manifest")
+        created = datetime.strptime(manifest.id[:16], "%Y%m%dt%H%M%Sz").replace(tzinfo=UTC)
+        return cls(manifest.id, manifest.name, manifest.host, disks, created, not manifest.partial)
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,35 @@ def judge(
         reasons = _reasons(ordered, rules, pinned)
         verdicts += [Verdict(item, tuple(reasons[item.id])) for item in ordered]
     return verdicts
+
+
+def plan_prune(
+    repository: Repository, rules: Rules, *, name: str | None = None, host: str | None = None
+) -> list[Verdict]:
+    """A verdict on each image of the repository, or of one name, or of one host.
+
+    Raises IntegrityError when a manifest is damaged: which image it is of is not known then.
+    """
+    snapshots = [
+        Snapshot.of(manifest)
+        for manifest in repository.manifests()
+        if name in (None, manifest.name) and host in (None, manifest.host)
+    ]
+    return judge(snapshots, rules, repository.pins())
+
+
+def remove_images(repository: Repository, verdicts: Iterable[Verdict]) -> list[str]:
+    """Remove those that are to go; their ids. Their blocks stay until a gc."""
+    going = [verdict.snapshot.id for verdict in verdicts if not verdict.kept]
+    for image_id in going:
+        with suppress(ObjectMissing):  # another prune was quicker
+            repository.remove(image_id)
+    return going
+
+
+def prune(repository: Repository, rules: Rules, *, name: str, host: str) -> list[str]:
+    """Remove the images of one name and host that no rule keeps; their ids."""
+    return remove_images(repository, plan_prune(repository, rules, name=name, host=host))
 
 
 def _reasons(

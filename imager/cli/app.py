@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 from imager import __version__
-from imager.cli import data, images, media, removing, repo, reporting, restoring, sources, verifying
+from imager.cli import (
+    data,
+    images,
+    media,
+    removing,
+    repo,
+    reporting,
+    restoring,
+    scheduling,
+    sources,
+    verifying,
+)
 
 _HELP = """Image disks below the filesystem, and bring whole servers back.
 
@@ -54,6 +65,7 @@ app.command("unpin")(removing.unpin)
 app.command("prune")(removing.prune)
 app.command("gc")(removing.gc)
 app.command("report")(reporting.report)
+app.add_typer(scheduling.app, name="schedule")
 app.add_typer(repo.app, name="repo")
 app.add_typer(media.app, name="media")
 app.add_typer(data.app, name="data")

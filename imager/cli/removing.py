@@ -17,12 +17,9 @@ from imager.cli.options import (
 from imager.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
     from imager.gc import GcResult
-    from imager.manifest import Manifest
     from imager.repository import Repository
-    from imager.retention import Snapshot, Verdict
+    from imager.retention import Verdict
 
 YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show it, and remove nothing.")]
@@ -100,25 +97,19 @@ def prune(
     Pinned images stay, and the newest of each group and its newest without holes.
     """
     from imager.cli.asking import confirm
-    from imager.retention import Rules, judge
+    from imager.retention import Rules, plan_prune, remove_images
     from imager.units import count_of
 
     rules = Rules(keep_last, keep_hourly, keep_daily, keep_weekly, keep_monthly, keep_yearly)
     repository = open_repository(repo)
-    snapshots = [
-        _snapshot(manifest)
-        for manifest in repository.manifests()
-        if name is None or manifest.name == name
-    ]
-    verdicts = judge(snapshots, rules, repository.pins())
+    verdicts = plan_prune(repository, rules, name=name)
     going = [verdict.snapshot.id for verdict in verdicts if not verdict.kept]
     if not json:
         _print_verdicts(verdicts)
     if going and not dry_run:
         if not yes:
             confirm(f"Remove {count_of(len(going), 'image')}?")
-        for image_id in going:
-            repository.remove(image_id)
+        remove_images(repository, verdicts)
     if json:
         kept = {item.snapshot.id: list(item.reasons) for item in verdicts if item.kept}
         print_json({"removed": going, "kept": kept, "dry_run": dry_run})
@@ -156,26 +147,6 @@ def gc(
 def _id_to_remove(repository: Repository, text: str) -> str:
     """A whole id is taken as it is, so that an image with a damaged manifest can be removed."""
     return text if text in repository.image_ids() else find_image(repository, text).id
-
-
-def _snapshot(manifest: Manifest) -> Snapshot:
-    from imager.retention import Snapshot
-
-    return Snapshot(
-        manifest.id,
-        manifest.name,
-        manifest.host,
-        tuple(disk.name for disk in manifest.disks),
-        _time_of(manifest),
-        not manifest.partial,
-    )
-
-
-def _time_of(manifest: Manifest) -> datetime:
-    """From the id, which begins with it (format.md, "Images")."""
-    from datetime import UTC, datetime
-
-    return datetime.strptime(manifest.id[:16], "%Y%m%dt%H%M%Sz").replace(tzinfo=UTC)
 
 
 def _print_verdicts(verdicts: list[Verdict]) -> None:
