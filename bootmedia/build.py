@@ -67,6 +67,8 @@ class BuildOptions:
     """Images that the medium names and does not carry."""
     network: NetworkSetup = field(default_factory=NetworkSetup)
     ssh_keys: tuple[str, ...] = ()
+    data_engines: tuple[str, ...] = ()
+    """Of data backups that the rescue system is to bring back."""
     kernel_args: str = ""
     fill_fallback: bool = True
     boot_entry: bool = True
@@ -158,7 +160,7 @@ def _make_system(
     options: BuildOptions, kernel: Kernel, hardware: Fingerprint, work: Path, progress: Progress
 ) -> _System:
     progress.note("collecting Python, imager and tools")
-    python = python_layer(ssh=bool(options.ssh_keys))
+    python = python_layer(ssh=bool(options.ssh_keys), data=options.data_engines)
     progress.note(f"collecting drivers of kernel {kernel.version}")
     modules = modules_layer(kernel, options.modules, hardware, scratch=work)
     trees = {"python": python.tree, "modules": modules.tree}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,15 +58,16 @@ class PythonLayer:
     warnings: tuple[str, ...]
 
 
-def python_layer(*, ssh: bool = False) -> PythonLayer:
-    """Gather it from this machine; ``ssh`` adds the server for remote rescue.
+def python_layer(*, ssh: bool = False, data: Sequence[str] = ()) -> PythonLayer:
+    """Gather it from this machine; ``ssh`` adds the server for remote rescue, ``data`` the programs
+    of these engines of data backups.
 
     Raises ImagerError when something is missing without which it would not work.
     """
     root = RescueRoot(interpreter())
     _add_folders(root)
     add_python(root)
-    add_tools(root, ssh=ssh)
+    add_tools(root, ssh=ssh, data=data)
     _add_opened_libraries(root)
     _add_command(root)
     _add_scripts(root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,18 +51,30 @@ SSH_TOOLS = (
     Tool("dropbearkey", "dropbear-bin", "remote rescue"),
 )
 
+DATA_TOOLS = {"restic": Tool("restic", "restic", "bringing data back", required=True)}
+"""By the engine of a data backup. Borg is a Python program: the restored system's own is run."""
+
 # What /init and the guest's modules call of busybox.
 _APPLETS = {
     *("sh", "mount", "umount", "mkdir", "mv", "rm", "cat", "sed", "sort", "tail", "sleep"),
-    *("getty", "ip", "udhcpc", "poweroff", "reboot"),
+    *("chroot", "getty", "ip", "udhcpc", "poweroff", "reboot"),
 }
 
 
-def add_tools(root: RescueRoot, *, ssh: bool) -> None:
-    """Raises ImagerError when one that is required is not installed; warns of the others."""
+def add_tools(root: RescueRoot, *, ssh: bool, data: Sequence[str] = ()) -> None:
+    """``data``: engines of data backups that the rescue system is to run.
+
+    Raises ImagerError when one that is required is not installed; warns of the others.
+    """
     _add_busybox(root)
-    for tool in (*TOOLS, *(SSH_TOOLS if ssh else ())):
+    engines = [DATA_TOOLS[name] for name in data if name in DATA_TOOLS]
+    for tool in (*TOOLS, *(SSH_TOOLS if ssh else ()), *engines):
         _add_tool(root, tool)
+    for name in data:
+        if name not in DATA_TOOLS:
+            root.warnings.append(
+                f"{name} is not carried: it is run as the restored system's own program"
+            )
     for name in ("vgchange", "lvs", "pvs", "vgs"):
         if "/usr/sbin/lvm" in root.tree:
             root.add_link(f"/usr/sbin/{name}", "lvm")

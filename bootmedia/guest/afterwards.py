@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,6 +21,7 @@ from bootmedia.guest.fallback import Loader, fill_fallback, find_loader
 from bootmedia.guest.networkcards import absent_cards
 from imager.allocation import identify
 from imager.blocksource import FileSource, PartSource
+from imager.data.model import backups_of
 from imager.errors import ImagerError
 from imager.fingerprint import read_fingerprint
 from imager.loopdevice import loop_device
@@ -83,16 +85,18 @@ def finish(
 
 def data_backups(manifest: Manifest) -> Iterator[str]:
     """The data backups that were taken with the image, and the command that brings each back."""
-    items = manifest.document.get("data_backups")
-    for item in items if isinstance(items, list) else []:
-        if not isinstance(item, dict):
-            continue
-        named = [str(item[key]) for key in ("name", "tool", "snapshot") if item.get(key)]
-        command = item.get("restore")
-        if isinstance(command, list):
-            command = " ".join(map(str, command))
-        how = f"bring it back with: {command}" if command else "no command to bring it back is kept"
-        yield f"data backup {' '.join(named)}: {how}"
+    try:
+        backups = backups_of(manifest)
+    except ImagerError as error:
+        yield f"data backups: {error.message}"
+        return
+    for backup in backups:
+        named = f"data backup {backup.name}, {backup.engine}, {backup.finished}"
+        if backup.snapshot is None:
+            yield f"{named}: it FAILED when the image was made: {backup.error}"
+        else:
+            partly = ", NOT WHOLE" if backup.warnings else ""
+            yield f"{named}{partly}; by hand: {shlex.join(backup.restore)}"
 
 
 def _tell_kernel(target: str) -> Iterator[str]:

@@ -205,7 +205,8 @@ class TerminalProgress:
 def progress_text(label: str, done: int, total: int, seconds: float) -> str:
     """For people, within 80 columns. Bytes."""
     share = f"{100 * done // total:3d}%" if total else "    "
-    parts = [f"{label} {share} {show_bytes(done)} of {show_bytes(total)}"]
+    amount = f"{show_bytes(done)} of {show_bytes(total)}" if total else show_bytes(done)
+    parts = [f"{label} {share} {amount}"]
     if seconds >= 1 and done:
         rate = done / seconds
         parts.append(f"{show_bytes(int(rate))}/s")

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from bootmedia.guest import system
-from bootmedia.guest.afterwards import data_backups
 from bootmedia.guest.capturing import capture_disks
 from bootmedia.guest.choosing import Back, Choice, choose, show, show_pages
 from bootmedia.guest.console import Terminal, TerminalLost
+from bootmedia.guest.datascreen import show_data_backups
 from bootmedia.guest.diskscreen import show_disks
 from bootmedia.guest.imagechoice import age, choose_image
 from bootmedia.guest.network import Network
@@ -155,8 +155,7 @@ def _capture(desk: Desk) -> None:
 
 def _data_backups(desk: Desk) -> None:
     found = choose_image(desk.session, desk.terminal)
-    lines = list(data_backups(found.manifest))
-    show_pages(desk.terminal, lines or ["no data backup was taken with this image"])
+    show_data_backups(desk.session, desk.terminal, found.manifest)
 
 
 def _log(desk: Desk) -> None:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bootmedia.guest.afterwards import data_backups
 from bootmedia.guest.choosing import Back, Choice, choose, confirm, show
 from bootmedia.guest.console import Terminal
+from bootmedia.guest.datascreen import bring_data_back
 from bootmedia.guest.diskwords import disk_words
 from bootmedia.guest.imagechoice import choose_image
 from bootmedia.guest.restoring import Prepared, carry_out, describe, prepare
 from bootmedia.guest.session import Found, Session
 from bootmedia.guest.targets import Candidate, candidates
 from bootmedia.guest.volumes import volumes_from
+from imager.errors import ImagerError
 from imager.manifest import Disk
 from imager.plan import RestoreOptions
 from imager.units import show_bytes
@@ -34,7 +37,23 @@ def restore_image(session: Session, terminal: Terminal) -> str | None:
     with session.work(f"restore {found.manifest.id}"), volumes_from(session, terminal):
         for item in prepared:
             _carry_out(session, terminal, item, anyway)
+    _offer_data(session, terminal, found)
     return "reboot" if confirm(terminal, "restart now?") else None
+
+
+def _offer_data(session: Session, terminal: Terminal, found: Found) -> None:
+    """What goes wrong there does not take the restore back."""
+    if not any(data_backups(found.manifest)):
+        return
+    if not confirm(terminal, "bring its data back now, from the data backup?"):
+        return
+    try:
+        bring_data_back(session, terminal, found.manifest)
+    except Back:
+        terminal.line("the data was not brought back: the menu has it too")
+    except ImagerError as error:
+        session.log.add(error.message)
+        show(terminal, ["", f"error: the data was not brought back: {error.message}"])
 
 
 def _choose_targets(

@@ -107,21 +107,23 @@ def restore(
 ) -> None:
     """Bring back the data that was backed up with an image, on the server or below a folder.
 
-    Stop the services that use the data first. Files that the backup does not have stay.
+    Stop the services that use the data first. Files that the backup does not have stay. A
+    system that is mounted at PATH is known by its own imager.toml, if it has one.
     """
     from imager.cli.asking import confirm
     from imager.cli.bars import open_progress
     from imager.data.bringing import Choice, bring_back, plan_bringing
-    from imager.data.settings import load_entries
+    from imager.data.settings import has_configuration, load_entries
     from imager.errors import RefusedError, UsageError
 
     if latest and paired:
         raise UsageError("--latest and --paired: which one?")
     manifest = find_image(open_repository(repo), image)
     target = at.resolve()
-    plans = plan_bringing(
-        manifest, load_entries(), target, Choice(name, latest=latest), folder=folder
-    )
+    root = target if has_configuration(target) else Path("/")
+    choice = Choice(name, latest=latest)
+    entries = load_entries(root)
+    plans = plan_bringing(manifest, entries, target, choice, folder=folder, root=root)
     if not json:
         for plan in plans:
             _print_plan(plan)

@@ -94,6 +94,10 @@ def build(
         Path | None,
         typer.Option(metavar="FILE", help="Public keys that may log in: starts an SSH server."),
     ] = None,
+    data: Annotated[
+        bool,
+        typer.Option("--data", help="Carry the programs that bring back the data of imager.toml."),
+    ] = False,
     kernel_args: Annotated[
         str, typer.Option(metavar="TEXT", help="More words for the kernel's command line.")
     ] = "",
@@ -164,6 +168,7 @@ def build(
         pinned=tuple(map(_pinned, named)),
         network=connection,
         ssh_keys=keys,
+        data_engines=_data_engines() if data else (),
         kernel_args=kernel_args,
         fill_fallback=not no_fill_fallback,
         boot_entry=not no_boot_entry,
@@ -403,6 +408,17 @@ def _ssh_keys(file: Path | None) -> tuple[str, ...]:
     if not keys:
         raise UsageError(f"{file} has no public keys")
     return tuple(keys)
+
+
+def _data_engines() -> tuple[str, ...]:
+    """Those of imager.toml, without commands: these are the restored system's own."""
+    from imager.data.settings import load_entries
+    from imager.errors import UsageError
+
+    entries = load_entries()
+    if not entries:
+        raise UsageError("--data: imager.toml has no data backups")
+    return tuple(sorted({entry.engine for entry in entries} - {"command"}))
 
 
 def _modes(names: list[str] | None) -> tuple[Mode, ...]:

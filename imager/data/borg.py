@@ -109,8 +109,10 @@ class Borg:
         accept: tuple[int, ...] = (0,),
         folder: Path | None = None,
     ) -> int:
+        # The repository of a rescue system may be read-only.
+        apart = [] if self._entry.root == Path("/") else ["--bypass-lock"]
         return follow(
-            self._place.command(["borg", *words]),
+            self._place.command(["borg", words[0], *apart, *words[1:]]),
             on_output=hear,
             on_error=warn,
             accept=accept,

@@ -19,6 +19,7 @@ from imager.units import show_bytes
 # Enough to see what is there; counting all of a mail store takes minutes.
 _MOST_COUNTED = 100_000
 
+_VIRTUAL = frozenset({"swap", "tmpfs", "proc", "sysfs", "devpts"})
 _TOOLS = frozenset({"restic", "borg"})
 
 
@@ -170,30 +171,34 @@ def _wrong_target(entry: DataEntry, target: Path, folder: bool) -> Iterator[str]
 
 def _expected_mounts(target: Path, path: str) -> Iterator[tuple[str, str]]:
     """(device, mount point) of the target's own fstab that a path lies below and is not mounted."""
-    for device, point in read_fstab(target):
-        if point != "/" and f"{path.rstrip('/')}/".startswith(f"{point.rstrip('/')}/"):
-            at = target / point.lstrip("/")
-            if not at.is_mount():
-                yield device, point
+    for line in read_fstab(target):
+        below = f"{path.rstrip('/')}/".startswith(f"{line.point.rstrip('/')}/")
+        if line.point != "/" and below and not (target / line.point.lstrip("/")).is_mount():
+            yield line.device, line.point
 
 
-def read_fstab(root: Path) -> list[tuple[str, str]]:
-    """(device, mount point) of a system's /etc/fstab, without swap and what is not from disks."""
+class FstabLine(NamedTuple):
+    """See fstab(5)."""
+
+    device: str
+    point: str
+    kind: str
+    options: str
+
+
+def read_fstab(root: Path) -> list[FstabLine]:
+    """A system's /etc/fstab, without swap, what is not from disks, and ``noauto``."""
     try:
         lines = (root / "etc/fstab").read_text(errors="replace").splitlines()
     except OSError:
         return []
     words = [line.split() for line in lines if not line.lstrip().startswith("#")]
-    return [
-        (item[0], item[1])
-        for item in words
-        if len(item) >= 3 and item[1].startswith("/") and not _is_virtual(item)
-    ]
+    lines_of = (FstabLine(*(*item, "defaults")[:4]) for item in words if len(item) >= 3)
+    return [line for line in lines_of if line.point.startswith("/") and not _is_left_out(line)]
 
 
-def _is_virtual(words: list[str]) -> bool:
-    options = words[3].split(",") if len(words) > 3 else []
-    return words[2] in ("swap", "tmpfs", "proc", "sysfs", "devpts") or "noauto" in options
+def _is_left_out(line: FstabLine) -> bool:
+    return line.kind in _VIRTUAL or "noauto" in line.options.split(",")
 
 
 def _overwritten(entry: DataEntry, target: Path) -> Iterator[str]:

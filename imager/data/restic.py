@@ -98,10 +98,10 @@ class Restic:
     def _run(
         self, words: list[str], hear: Any = None, warn: Any = None, accept: tuple[int, ...] = (0,)
     ) -> int:
-        # Its cache would fill the memory of a rescue system.
-        cache = [] if self._entry.root == Path("/") else ["--no-cache"]
+        # Of a rescue system: a cache would fill its memory, the repository may be read-only.
+        apart = [] if self._entry.root == Path("/") else ["--no-cache", "--no-lock"]
         return follow(
-            self._place.command(["restic", *cache, *words]),
+            self._place.command(["restic", *apart, *words]),
             on_output=hear,
             on_error=warn,
             accept=accept,

@@ -26,9 +26,7 @@ _KNOWN = {*_TEXTS, *_LISTS, *_COMMANDS, "retention", "timeout", "required"}
 def load_entries(root: Path = Path("/")) -> list[DataEntry]:
     """Of this system's configuration, or of the one that is mounted at ``root``; none without a
     configuration. Raises UsageError."""
-    path = Path(os.environ.get("IMAGER_CONFIG", CONFIG_FILE))
-    if root != Path("/"):
-        path = root / str(CONFIG_FILE).lstrip("/")
+    path = _file(root)
     try:
         table = tomllib.loads(path.read_text())
     except FileNotFoundError:
@@ -36,6 +34,16 @@ def load_entries(root: Path = Path("/")) -> list[DataEntry]:
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} can't be read: {error}") from None
     return read_entries(table, str(path), root)
+
+
+def has_configuration(root: Path) -> bool:
+    return _file(root).is_file()
+
+
+def _file(root: Path) -> Path:
+    if root == Path("/"):
+        return Path(os.environ.get("IMAGER_CONFIG", CONFIG_FILE))
+    return root / str(CONFIG_FILE).lstrip("/")
 
 
 def read_entries(table: Mapping[str, Any], where: str, root: Path = Path("/")) -> list[DataEntry]:

@@ -130,11 +130,18 @@ def test_links_of_a_foreign_root_stay_inside(tmp_path: Path) -> None:
 
 def test_data_backups_are_listed() -> None:
     backups = [
-        {"name": "db", "tool": "restic", "snapshot": "1a2b", "restore": ["restic", "restore"]},
-        {"tool": "borg"},
-        "damage",
+        {"name": "db", "engine": "restic", "snapshot": "1a2b", "restore": ["restic", "re store"]},
+        {"name": "mail", "engine": "borg", "error": "no space"},
+        {"name": "web", "engine": "borg", "snapshot": "w", "warnings": ["x"]},
     ]
-    manifest = Manifest("i", 1 << 18, (), {"data_backups": backups})
-    first, second = data_backups(manifest)
-    assert first == "data backup db restic 1a2b: bring it back with: restic restore"
-    assert "borg" in second
+    first, second, third = data_backups(Manifest("i", 1 << 18, (), {"data": backups}))
+    assert first.startswith("data backup db, restic, ")
+    assert first.endswith("; by hand: restic 're store'")
+    assert second.endswith("it FAILED when the image was made: no space")
+    assert "NOT WHOLE" in third
+
+
+@pytest.mark.parametrize("damage", ["damage", ["damage"], [{"name": 1}]])
+def test_damaged_data_backups_are_said(damage: object) -> None:
+    (line,) = data_backups(Manifest("i", 1 << 18, (), {"data": damage}))
+    assert line.startswith("data backups: ")

@@ -16,6 +16,7 @@ import pytest
 from bootmedia.guest import (
     capturing,
     console,
+    datascreen,
     diskscreen,
     imagechoice,
     menu,
@@ -349,15 +350,18 @@ def test_network(bench: Bench) -> None:
     ]
 
 
-def test_data_backups(bench: Bench) -> None:
+def test_data_backups(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     document = bench.manifest.document | {
         "id": bench.manifest.id[:-1] + ("0" if bench.manifest.id[-1] != "0" else "1"),
-        "data_backups": [{"name": "db", "snapshot": "ab12", "restore": ["restic", "restore"]}],
+        "data": [{"name": "db", "engine": "restic", "snapshot": "ab12", "restore": ["restic"]}],
     }
     bench.repository.commit(document)
     number = 1 if document["id"] > bench.manifest.id else 2
-    screen = bench.run("6", str(number))
-    assert "data backup db ab12: bring it back with: restic restore" in screen
+    screen = bench.run("6", str(number), "n")
+    assert "data backup db, restic, ; by hand: restic" in screen
+    monkeypatch.setattr(datascreen, "restored_systems", lambda note: [])
+    screen = bench.run("6", str(number), "y")
+    assert "no attached disk has a system" in screen
 
 
 def identity_of_file(path: str) -> DiskIdentity:
