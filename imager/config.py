@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
+from typing import Any
 
 from imager.errors import UsageError
 
@@ -28,15 +29,32 @@ def default_repository() -> Path:
     return INSTALLED_REPOSITORY
 
 
+def table(name: str) -> dict[str, Any]:
+    """A table of imager.toml, ``[name]``; empty without one. Raises UsageError."""
+    found = _settings().get(name, {})
+    if not isinstance(found, dict):
+        raise UsageError(f"{_config_file()}: [{name}] must be a table")
+    return found
+
+
 def _from_file() -> str | None:
-    path = Path(os.environ.get("IMAGER_CONFIG", CONFIG_FILE))
+    repo = _settings().get("repo")
+    if repo is not None and not isinstance(repo, str):
+        raise UsageError(
+            f"{_config_file()}: repo must be a text, the path or URL of the repository"
+        )
+    return repo
+
+
+def _settings() -> dict[str, Any]:
+    path = _config_file()
     try:
-        values = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except FileNotFoundError:
-        return None
+        return {}
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} can't be read: {error}") from None
-    repo = values.get("repo")
-    if repo is not None and not isinstance(repo, str):
-        raise UsageError(f"{path}: repo must be a text, the path or URL of the repository")
-    return repo
+
+
+def _config_file() -> Path:
+    return Path(os.environ.get("IMAGER_CONFIG", CONFIG_FILE))

@@ -25,6 +25,14 @@ def count_of(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def show_age(seconds: int) -> str:
+    """``45 s``, ``12 min``, ``30 h``, ``9 days``."""
+    for unit, size, limit in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172800)):
+        if seconds < limit:
+            return f"{seconds // size} {unit}"
+    return f"{seconds // 86400} days"
+
+
 def parse_size(text: str) -> int:
     """Bytes of ``262144``, ``256K`` or ``1MiB`` (all units binary). Raises UsageError."""
     match = _SIZE.match(text.strip())
