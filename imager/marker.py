@@ -32,7 +32,8 @@ class Marker:
         if not content.startswith(_MAGIC):
             return None
         try:
-            values = json.loads(content[len(_MAGIC) : MARKER_SIZE].rstrip(b"\0"))
+            # Power may fail when only the first sector of it is written: that one is enough.
+            values = json.loads(content[len(_MAGIC) : MARKER_SIZE].partition(b"\0")[0])
             image, disk, root = (str(values[key]) for key in ("image", "disk", "root"))
             return cls(image, disk, root, int(values["offset"]))
         except (ValueError, KeyError, TypeError, RecursionError):

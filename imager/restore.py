@@ -277,16 +277,31 @@ class _Restorer:
             self._pool.give(job.buffer)
 
     def _write_head(self, job: _Span | _Empty) -> _Outcome:
-        """The first block: the marker is there, so even zeros have to be written."""
+        """The first block: the marker is there, so even zeros have to be written.
+
+        Its first sector, which tells the marker, comes last: should the power fail in the middle,
+        either the marker is whole or the block is.
+        """
         if isinstance(job, _Empty) and self._marked:
-            self._target.zero(job.offset, job.length)
+            first = min(self._target.logical_sector, job.length)
+            if job.length > first:
+                self._target.zero(job.offset + first, job.length - first)
+                self._target.sync()
+            self._target.zero(job.offset, first)
             return _Outcome(zeroed=job.length)
         if isinstance(job, _Span) and self._marked:
             try:
-                return self._write_span(job)
+                return self._write_span(job, self._write_first_sector_last)
             finally:
                 self._pool.give(job.buffer)
         return self._write_job(job)
+
+    def _write_first_sector_last(self, offset: int, content: memoryview) -> None:
+        first = self._target.logical_sector
+        if len(content) > first:
+            self._target.write(offset + first, content[first:])
+            self._target.sync()
+        self._target.write(offset, content[:first])
 
     def _write_empty(self, job: _Empty) -> _Outcome:
         """Zero blocks must read as zeros; unused ones are better discarded than left."""
@@ -312,7 +327,9 @@ class _Restorer:
                     return False
         return True
 
-    def _write_span(self, span: _Span) -> _Outcome:
+    def _write_span(
+        self, span: _Span, write: Callable[[int, memoryview], None] | None = None
+    ) -> _Outcome:
         """Decode all of the span, then write it at once."""
         at = 0
         content = span.pack.read(span.pieces[0].ordinal, len(span.pieces))
@@ -323,7 +340,7 @@ class _Restorer:
             at += piece.length
         start = span.pieces[0].start
         end = at - span.pieces[-1].length + span.pieces[-1].end
-        self._target.write(span.offset, span.buffer.view[start:end])
+        (write or self._target.write)(span.offset, span.buffer.view[start:end])
         return _Outcome(written=end - start)
 
     def _compare_span(self, span: _Span) -> _Outcome:

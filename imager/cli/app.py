@@ -9,8 +9,10 @@ import typer
 from imager import __version__
 from imager.cli import (
     data,
+    guarding,
     images,
     media,
+    mounting,
     removing,
     repo,
     reporting,
@@ -59,12 +61,16 @@ app.command("diff")(images.diff)
 app.command("verify")(verifying.verify)
 app.command("plan")(restoring.plan)
 app.command("restore")(restoring.restore)
+app.command("rollback")(guarding.rollback)
+app.command("mount")(mounting.mount)
+app.command("umount")(mounting.umount)
 app.command("rm")(removing.remove)
 app.command("pin")(removing.pin)
 app.command("unpin")(removing.unpin)
 app.command("prune")(removing.prune)
 app.command("gc")(removing.gc)
 app.command("report")(reporting.report)
+app.command("status")(scheduling.status)
 app.add_typer(scheduling.app, name="schedule")
 app.add_typer(repo.app, name="repo")
 app.add_typer(media.app, name="media")

@@ -1,4 +1,4 @@
-"""imager plan, restore."""
+"""imager plan, restore, rollback."""
 
 from __future__ import annotations
 
@@ -94,15 +94,28 @@ def restore(
     progress: ProgressOption = "auto",
 ) -> int:
     """Put an image onto disks. Interrupted, run it again: it writes only what is missing."""
-    from imager.cli.asking import confirm_by_name
-    from imager.cli.bars import open_progress
-    from imager.errors import RefusedError
     from imager.plan import RestoreOptions
-    from imager.restore import restore as run
 
     options = RestoreOptions(partition, to_partition, delta, grow, new_ids, read_back)
     repository = open_repository(repo)
     prepared = _make_plans(repository, image, targets, options)
+    return carry_out(repository, prepared, yes=yes, json=json, progress=progress)
+
+
+def carry_out(
+    repository: Repository,
+    prepared: list[tuple[Manifest, Disk, RestorePlan]],
+    *,
+    yes: bool,
+    json: bool,
+    progress: str,
+) -> int:
+    """Show the plans, ask, restore; the exit code. Raises RefusedError with all reasons."""
+    from imager.cli.asking import confirm_by_name
+    from imager.cli.bars import open_progress
+    from imager.errors import RefusedError
+    from imager.restore import restore as run
+
     reasons = [reason for *_, item in prepared for reason in item.refusals]
     if reasons:
         raise RefusedError(reasons)
@@ -132,11 +145,11 @@ def _make_plans(
     manifest, disks = find_disks(repository, image)
     return [
         (manifest, disk, plan_restore(repository, manifest, disk, target, options))
-        for disk, target in _pair(disks, targets)
+        for disk, target in pair_disks(disks, targets)
     ]
 
 
-def _pair(disks: list[Disk], targets: list[str]) -> list[tuple[Disk, str]]:
+def pair_disks(disks: list[Disk], targets: list[str]) -> list[tuple[Disk, str]]:
     """Which disk goes where. Raises UsageError unless each target has exactly one disk."""
     from imager.errors import UsageError
 
