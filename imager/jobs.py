@@ -156,6 +156,7 @@ def replace_file(file: Path, content: bytes, *, mode: int = 0o644) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
         with os.fdopen(fd, "wb") as sink:
+            os.fchmod(fd, mode)  # whatever the umask is
             sink.write(content)
             sink.flush()
             os.fsync(fd)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from imager.jobrecord import JobRun
     from imager.jobs import Job
+    from imager.jobstatus import Status
     from imager.manifest import Manifest
     from imager.progress import Progress
     from imager.repository import Repository
@@ -199,13 +200,15 @@ def show(job: JobArgument, json: JsonOption = False) -> None:
 @app.command()
 def run(job: JobArgument, json: JsonOption = False, progress: ProgressOption = "auto") -> int:
     """Run a job now: what its timer does."""
+    from functools import partial
+
     from imager.cli.bars import open_progress
     from imager.jobs import load_job
     from imager.schedule import run_job
 
     found = load_job(job)
     with open_progress(progress) as shown:
-        done = run_job(found, _capturing(), shown, lambda *_: None)
+        done = run_job(found, _capturing(), shown, partial(_tell, shown))
         if done.error:
             shown.note(f"job {job}: {done.result}: {done.error}")
     if json:
@@ -286,6 +289,75 @@ def _take(job: Job, paths: list[str], repository: Repository, progress: Progress
         for text in taken.warnings:
             progress.note(f"warning: {text}")
         return capture(taken, repository, progress)
+
+
+def _tell(progress: Progress, job: Job, run: JobRun, before: JobRun | None) -> None:
+    """Notifications and metrics; what goes wrong with them is noted, and never fails a run."""
+    from imager.config import table
+    from imager.errors import ImagerError
+    from imager.jobrecord import load_record
+    from imager.jobs import job_names
+    from imager.metrics import textfile_of, write_textfile
+    from imager.notify import Notify, tell
+
+    try:
+        for problem in tell(Notify.from_table(table("notify")), job.name, run, before):
+            progress.note(problem)
+    except ImagerError as error:
+        progress.note(f"no notification is sent: {error.message}")
+    try:
+        if (file := textfile_of(table("metrics"))) is not None:
+            write_textfile(file, {name: load_record(name) for name in job_names()})
+    except ImagerError as error:
+        progress.note(f"no metrics are written: {error.message}")
+
+
+def status(json: JsonOption = False) -> int:
+    """Show how each job stands. Exit code 1 when one is overdue, failed, or never ran."""
+    from datetime import UTC, datetime
+    from pathlib import Path
+
+    from imager.config import repository_url
+    from imager.jobstatus import read_status
+
+    default = repository_url(None)
+    here = [default] if Path(default, "repository.json").exists() else []
+    found = read_status(datetime.now(UTC), here)
+    if json:
+        print_json({"good": found.good, **found.to_json()})
+    else:
+        _print_status(found)
+    return 0 if found.good else 1
+
+
+def _print_status(found: Status) -> None:
+    from imager.units import show_age
+
+    rows = [
+        (
+            job.job,
+            job.word,
+            "none" if job.age is None else show_age(job.age),
+            job.image,
+            ", ".join(f"{item.name} {show_age(item.age)}" for item in job.data),
+            job.next,
+        )
+        for job in found.jobs
+    ]
+    if rows:
+        print_table(["JOB", "STATE", "AGE", "LAST GOOD IMAGE", "DATA", "NEXT"], rows)
+    else:
+        print("there are no jobs; see: imager schedule add --help")
+    for job in found.jobs:
+        for text in job.problems:
+            print(f"{job.job}: {text}")
+    if found.without_job:
+        print("\nimages that no job makes:")
+        print_table(
+            ["NAME", "IMAGES", "NEWEST", "CREATED", "REPOSITORY"],
+            [(x.name, x.images, x.newest, x.created, x.repository) for x in found.without_job],
+            right="IMAGES",
+        )
 
 
 def _next_run(job: Job) -> datetime | None:

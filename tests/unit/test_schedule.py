@@ -24,6 +24,7 @@ from imager.repository import Repository
 from imager.systemdunits import service_text, timer_text
 from tests.support.commandline import finish, imager, start
 from tests.support.disks import MIB, make_random
+from tests.support.jobs import own_folders
 
 pytestmark = pytest.mark.skipif(
     shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed"
@@ -32,10 +33,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine of its own, as far as jobs go."""
-    for name in ("CONFIG", "STATE", "RUN", "UNIT"):
-        monkeypatch.setenv(f"IMAGER_{name}_DIR", str(tmp_path / name.lower()))
-    monkeypatch.setenv("IMAGER_CONFIG", str(tmp_path / "imager.toml"))
+    own_folders(tmp_path, monkeypatch)
 
 
 @pytest.fixture
