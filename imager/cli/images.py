@@ -133,8 +133,11 @@ def _write_picture(path: Path, picture: str) -> None:
 
 def _marks(manifest: Manifest) -> list[str]:
     """What makes an image less than one could expect."""
+    from imager.data.model import data_is_whole
+
     in_use = manifest.document.get("consistency") == "none"
-    return ["PARTIAL"] * manifest.partial + ["IN-USE"] * in_use
+    lacks_data = not data_is_whole(manifest)
+    return ["PARTIAL"] * manifest.partial + ["IN-USE"] * in_use + ["DATA-FAILED"] * lacks_data
 
 
 def _summary(manifest: Manifest) -> dict[str, Any]:
@@ -149,6 +152,7 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
 
 
 def _show_manifest(manifest: Manifest) -> None:
+    from imager.data.model import backups_of
     from imager.units import show_bytes
 
     document, counts = manifest.document, manifest.statistics
@@ -173,6 +177,8 @@ def _show_manifest(manifest: Manifest) -> None:
             print(f"{key:<12} {value}")
     for text in document.get("warnings", []):
         print(f"warning      {text}")
+    for backup in backups_of(manifest):
+        print(f"             {backup.words()}")
     if manifest.partial:
         print("PARTIAL      some sectors could not be read, see below")
 

@@ -16,6 +16,7 @@ from imager.cli.output import print_json, print_table
 if TYPE_CHECKING:
     from imager.blocksource import FileSource
     from imager.capture import SourceDisk
+    from imager.data.model import DataEntry
     from imager.layout import DiskLayout
     from imager.manifest import Manifest
     from imager.repository import Repository
@@ -109,6 +110,13 @@ def capture(
     init: Annotated[
         bool, typer.Option("--init", help="Make the repository if there is none.")
     ] = False,
+    data: Annotated[
+        bool | None,
+        typer.Option(
+            "--data/--no-data",
+            help="Run the data backups of imager.toml beside it. Default: for disks only.",
+        ),
+    ] = None,
     sector_size: SectorOption = None,
     repo: RepoOption = None,
     json: JsonOption = False,
@@ -119,6 +127,7 @@ def capture(
     from imager.capture import capture as run
     from imager.cli.bars import open_progress
     from imager.cli.proving import all_hold, prove_disks
+    from imager.data.backing import DataRun
     from imager.fingerprint import read_fingerprint
 
     _refuse_contradictions(prove_map, all_blocks, consistency)
@@ -130,6 +139,8 @@ def capture(
         repository = _open_or_make(repo, init)
         if prove_map:
             disks = prove_disks(disks, shown)
+        beside = DataRun(_data_entries(data, disks), shown)
+        beside.before()
         job = CaptureJob(
             disks=tuple(disks),
             name=_image_name(name, disks),
@@ -139,12 +150,28 @@ def capture(
             consistency="none" if writers else "offline",
             hardware=read_fingerprint(),
             warnings=tuple(_warnings(disks, repository, writers)),
+            additions=beside.additions,
         )
         for text in job.warnings:
             shown.note(f"warning: {text}")
         manifest = run(job, repository, shown)
+        beside.after(repository)
     _print_capture(manifest, json)
-    return 5 if manifest.partial or not all_hold(disk.layout for disk in disks) else 0
+    whole = beside.whole and all_hold(disk.layout for disk in disks)
+    return 5 if manifest.partial or not whole else 0
+
+
+def _data_entries(asked: bool | None, disks: list[SourceDisk]) -> list[DataEntry]:
+    """A file is an image of some machine, most likely not of the one whose data this is."""
+    from imager.data.settings import load_entries
+    from imager.errors import UsageError
+
+    if asked is False or (asked is None and not any(disk.source.is_device for disk in disks)):
+        return []
+    entries = load_entries()
+    if asked and not entries:
+        raise UsageError("--data: imager.toml has no data backups")
+    return entries
 
 
 def _refuse_contradictions(prove_map: bool, all_blocks: bool, consistency: str) -> None:
@@ -303,6 +330,7 @@ def _print_disk(document: dict[str, Any], layout: DiskLayout) -> None:
 
 
 def _print_capture(manifest: Manifest, json: bool) -> None:
+    from imager.data.model import backups_of
     from imager.units import show_bytes
 
     if json:
@@ -318,6 +346,8 @@ def _print_capture(manifest: Manifest, json: bool) -> None:
         f"{counts['new_blocks']} blocks new, {counts['known_blocks']} known, "
         f"{counts['zero_blocks']} zero, {counts['unused_blocks']} unused"
     )
+    for backup in backups_of(manifest):
+        print(f"  {backup.words()}")
     for disk in manifest.disks:
         print(f"  {disk.name}: root {disk.root}")
         for extent in disk.unreadable:

@@ -21,6 +21,7 @@ from imager.manifest import Manifest
 from imager.process import find_tool
 from imager.progress import Progress
 from imager.retention import Rules
+from imager.units import show_bytes
 
 _PROGRAM_FOLDERS = ("usr/local/sbin", "usr/local/bin", "usr/sbin", "usr/bin", "sbin", "bin")
 _SECRET_IN_URL = re.compile(r"(?<=://)([^/@:\s]*):[^/@\s]*@")
@@ -179,6 +180,14 @@ class DataBackup(JsonRecord):
     def whole(self) -> bool:
         return self.snapshot is not None and not self.warnings
 
+    def words(self) -> str:
+        """A line for people."""
+        if self.snapshot is None:
+            return f"DATA BACKUP {self.name} ({self.engine}) FAILED: {self.error}"
+        size = "" if self.size is None else f", {show_bytes(self.size)}"
+        state = f", NOT WHOLE: {'; '.join(self.warnings)}" if self.warnings else ""
+        return f"data {self.name}: {self.engine} {self.snapshot}{size}, {self.finished}{state}"
+
 
 def backups_of(manifest: Manifest) -> list[DataBackup]:
     """The data backups that were taken with an image. Raises FormatError."""
@@ -186,6 +195,15 @@ def backups_of(manifest: Manifest) -> list[DataBackup]:
     if not isinstance(items, list):
         raise FormatError(f"image {manifest.id}: its data backups are not a list")
     return [DataBackup.from_json(item) for item in items]
+
+
+def data_is_whole(manifest: Manifest) -> bool:
+    """Whether nothing failed of the data backups that were taken with an image; one without any is
+    whole."""
+    try:
+        return all(backup.whole for backup in backups_of(manifest))
+    except FormatError:
+        return False
 
 
 def without_secrets(repository: str) -> str:
