@@ -190,6 +190,10 @@ class Companion:
             return False
         return True
 
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+
     def said(self) -> str:
         """The end of its output and its messages."""
         size = os.fstat(self._said.fileno()).st_size
@@ -224,6 +228,37 @@ def beside(command: list[str], *, inherit: Iterable[int] = ()) -> Iterator[Compa
             process.wait()
 
 
+class LeftRunning:
+    """A program that runs on when this one has ended."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+        self.pid = process.pid
+
+    def wait(self) -> int:
+        """Its exit code, when it has ended."""
+        return self._process.wait()
+
+
+def leave_running(command: list[str], *, inherit: Iterable[int] = ()) -> LeftRunning:
+    """Start a program in a session of its own, without input and output, with the open files of
+    ``inherit``, and leave it to itself. Raises ToolError when it is missing."""
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            env=_variables(None),
+            pass_fds=tuple(inherit),
+            start_new_session=True,
+        )
+    except FileNotFoundError:
+        raise _not_installed(command) from None
+    return LeftRunning(process)
+
+
 def _variables(more: Mapping[str, str] | None) -> dict[str, str]:
     return {**os.environ, "LC_ALL": "C", "PATH": search_path(), **(more or {})}
 
@@ -247,3 +282,22 @@ def attend(command: list[str], terminal: int) -> int:
         ).returncode
     except FileNotFoundError:
         raise ToolError(f"{command[0]} is not installed") from None
+
+
+def pass_through(command: list[str], *, output: int | None = None) -> int:
+    """Run a program with this process's own terminal, files and locale; returns its exit code, or
+    as a shell does 128 and the number of the signal that ended it.
+
+    Ctrl-C is the program's alone as long as it runs. ``output`` is an open file for what it prints,
+    where standard output is for something else. Raises ToolError when it cannot be started.
+    """
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # a handler is not inherited: default
+    try:
+        code = subprocess.run(command, stdout=output, check=False).returncode
+    except FileNotFoundError:
+        raise ToolError(f"{command[0]} is not installed") from None
+    except OSError as error:
+        raise ToolError(f"{command[0]} cannot be started: {error.strerror}") from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return code if code >= 0 else 128 - code

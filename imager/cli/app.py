@@ -8,6 +8,7 @@ import typer
 
 from imager import __version__
 from imager.cli import (
+    booting,
     data,
     guarding,
     images,
@@ -62,8 +63,12 @@ app.command("verify")(verifying.verify)
 app.command("plan")(restoring.plan)
 app.command("restore")(restoring.restore)
 app.command("rollback")(guarding.rollback)
+app.command("guard")(guarding.guard)
 app.command("mount")(mounting.mount)
 app.command("umount")(mounting.umount)
+app.command("prove")(booting.prove)
+app.command("boot")(booting.boot)
+app.command("commit")(booting.commit)
 app.command("rm")(removing.remove)
 app.command("pin")(removing.pin)
 app.command("unpin")(removing.unpin)

@@ -19,6 +19,17 @@ def confirm_by_name(name: str) -> None:
         raise RefusedError([f"{name} was not typed"])
 
 
+def can_ask() -> bool:
+    """Whether there is a person at a terminal."""
+    return sys.stdin.isatty()
+
+
+def choose(question: str, answers: str) -> str:
+    """One of the letters of ``answers``; the last one for an empty or another answer."""
+    answer = _ask(f"{question} [{'/'.join(answers)}] ").lower()[:1]
+    return answer if answer and answer in answers else answers[-1]
+
+
 def _ask(question: str) -> str:
     if not sys.stdin.isatty():
         raise RefusedError(["there is no terminal to ask on"], hint="give --yes to go ahead")

@@ -1,7 +1,10 @@
-"""imager rollback: back to an image of the same disk."""
+"""imager guard, rollback: a change with a way back, and the way back."""
 
 from __future__ import annotations
 
+import shlex
+import sys
+from contextlib import ExitStack, redirect_stdout
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,12 +17,16 @@ from imager.cli.options import (
     find_disks,
     open_repository,
 )
+from imager.cli.output import print_json
 from imager.cli.restoring import ReadBackOption, carry_out, pair_disks
 
 if TYPE_CHECKING:
     from imager.manifest import Disk, Manifest
     from imager.plan import RestorePlan
     from imager.repository import Repository
+
+_ON_FAILURE = ("ask", "rollback", "keep")
+_STANDARD_ERROR = 2
 
 
 def rollback(
@@ -68,3 +75,163 @@ def plan_rollback(
         (manifest, disk, plan_restore(repository, manifest, disk, path, options))
         for disk, path in pairs
     ]
+
+
+def guard(
+    command: Annotated[
+        list[str], typer.Argument(metavar="-- COMMAND...", help="The change, and its arguments.")
+    ],
+    disk: Annotated[
+        list[str], typer.Option("--disk", metavar="DISK", help="To image before; several times.")
+    ],
+    check: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--check", metavar="COMMAND", help="Ends with 0 if all is well after it; several times."
+        ),
+    ] = None,
+    check_within: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", min=0, help="Repeat a failing check for so long."),
+    ] = 0,
+    on_failure: Annotated[
+        str, typer.Option(metavar="|".join(_ON_FAILURE), help="Roll back, or keep what is there.")
+    ] = "ask",
+    name: Annotated[
+        str | None, typer.Option(help="Of the machine, as with capture. Default: host or file.")
+    ] = None,
+    consistency: Annotated[
+        str, typer.Option(metavar="HOW", help="Of the image, as with capture.")
+    ] = "auto",
+    repo: RepoOption = None,
+    json: JsonOption = False,
+    progress: ProgressOption = "auto",
+) -> int:
+    """Image, run a command, check; if that fails, offer the way back. Exit code 1 if it failed."""
+    from imager.errors import ImagerError, UsageError
+    from imager.guard import Change, make
+
+    if on_failure not in _ON_FAILURE:
+        raise UsageError(f"--on-failure {on_failure}: it can be {', '.join(_ON_FAILURE)}")
+    change = Change(
+        command=tuple(command),
+        checks=tuple(tuple(_words(text)) for text in check or ()),
+        check_seconds=check_within,
+        output=_STANDARD_ERROR if json else None,
+    )
+    what = shlex.join(command)
+    repository, manifest = _take_image(
+        disk, name=name, note=f"before: {what}", consistency=consistency, repo=repo, shown=progress
+    )
+    _say(f"image {manifest.id} of {manifest.name} is the way back from: {what}")
+    repository.pin(manifest.id, f"guards: {what}")
+    try:
+        failure = make(change)
+    except ImagerError:  # it was not even begun
+        repository.unpin(manifest.id)
+        raise
+    done = "nothing"
+    if failure is not None:
+        _say(f"FAILED: {failure}")
+        done = _way_back(repository, manifest, disk, on_failure, progress)
+    if done != "kept":
+        repository.unpin(manifest.id)
+    if json:
+        print_json({"image": manifest.id, "failure": failure, "done": done})
+        return 0 if failure is None else 1
+    if failure is None:
+        return 0
+    raise ImagerError(f"{failure}\n{_OUTCOMES[done]}", hint=_hint(manifest, disk, done))
+
+
+_OUTCOMES = {
+    "rolled back": "the disk is what it was before",
+    "kept": "the disk is as the command left it, and the image is pinned",
+}
+
+
+def _hint(manifest: Manifest, disks: list[str], done: str) -> str | None:
+    if done != "kept":
+        return None
+    return (
+        f"the way back: imager rollback {manifest.id} {shlex.join(disks)}; "
+        f"not needed any more: imager unpin {manifest.id}"
+    )
+
+
+def _words(text: str) -> list[str]:
+    from imager.errors import UsageError
+
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"--check {text}: {error}") from None
+    if not words:
+        raise UsageError("--check: an empty command")
+    return words
+
+
+def _say(text: str) -> None:
+    """Standard output belongs to the command that is guarded, or to a JSON document."""
+    print(f"imager guard: {text}", file=sys.stderr, flush=True)
+
+
+def _take_image(
+    paths: list[str], *, name: str | None, note: str, consistency: str, repo: str | None, shown: str
+) -> tuple[Repository, Manifest]:
+    """Raises ImagerError when there is no image without holes: then nothing is run."""
+    from imager.capture import CaptureJob, capture
+    from imager.cli import sources
+    from imager.cli.bars import open_progress
+    from imager.errors import ImagerError
+    from imager.fingerprint import read_fingerprint
+
+    with ExitStack() as stack:
+        progress = stack.enter_context(open_progress(shown))
+        disks = sources._open_disks(paths, None, stack)
+        writers = sources._find_writers(paths, consistency)
+        repository = sources._open_or_make(repo, False)
+        job = CaptureJob(
+            disks=tuple(disks),
+            name=sources._image_name(name, disks),
+            note=note,
+            consistency="none" if writers else "offline",
+            hardware=read_fingerprint(),
+            warnings=tuple(sources._warnings(disks, repository, writers)),
+        )
+        manifest = capture(job, repository, progress)
+    if manifest.partial:
+        raise ImagerError(
+            f"the image {manifest.id} has holes, so it is no way back; nothing was run",
+            hint=f"imager show {manifest.id} lists what could not be read",
+        )
+    return repository, manifest
+
+
+def _way_back(
+    repository: Repository, manifest: Manifest, paths: list[str], on_failure: str, progress: str
+) -> str:
+    """What was done: "rolled back" or "kept". Never silently: only what was asked for, now or by
+    ``on_failure``."""
+    from imager.cli.asking import can_ask, choose
+    from imager.deviceuse import uses_of
+    from imager.errors import ImagerError
+
+    if on_failure == "keep" or (on_failure == "ask" and not can_ask()):
+        return "kept"
+    try:
+        used = [
+            f"{path}: {use.device} is {use.description}" for path in paths for use in uses_of(path)
+        ]
+        if used:
+            _say("it cannot be rolled back while it runs: " + "; ".join(used))
+            return "kept"
+        if on_failure == "ask" and choose("Roll back, or keep it as it is?", "rk") != "r":
+            return "kept"
+        prepared = plan_rollback(repository, manifest.id, paths)
+        with redirect_stdout(sys.stderr):
+            code = carry_out(repository, prepared, yes=True, json=False, progress=progress)
+    except ImagerError as error:  # the failure of the command is what is to be told in the end
+        _say(f"not rolled back: {error.message}")
+        return "kept"
+    return "rolled back" if code == 0 else "kept"
