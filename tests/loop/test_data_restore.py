@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bootmedia.closure import python_layer
 from tests.support.commandline import imager
 from tests.support.disks import (
     MIB,
@@ -190,3 +191,12 @@ def test_configurations_that_are_refused(server: Server, repo: Path) -> None:
 def imager_failure(server: Server, repo: Path) -> str:
     server.config.write_text('[[data]]\nname="a"\nengine="stone"\n')
     return imager("data", "run", "--repo", repo, code=5).out
+
+
+def test_a_medium_carries_what_the_data_needs(server: Server, tmp_path: Path) -> None:
+    server.config.write_text("")
+    refused = imager("media", "build", tmp_path / "iso", "--data", code=2)
+    assert "imager.toml has no data backups" in refused.err
+    layer = python_layer(data=("borg", "restic"))
+    assert "/usr/bin/restic" in layer.tree
+    assert any(text.startswith("borg is not carried") for text in layer.warnings)
