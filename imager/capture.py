@@ -227,7 +227,9 @@ class _DiskWriter:
         self._block_packer = blocks
         self._page_packer = pages
         self._statistics = statistics
-        used = Extents.whole(self._source.size) if job.all_blocks else disk.layout.used()
+        used = disk.layout.used()
+        if job.all_blocks:
+            used = Extents.whole(self._source.size).subtract(disk.layout.excluded())
         self._used_bytes = used.total
         self._depth = job.workers + _READ_AHEAD
         self._span_size = span_size(self._depth, block_size)

@@ -53,6 +53,8 @@ class Volume:
     filesystem: Filesystem
     allocation: AllocationMap
     proof: Proof | None = None
+    excluded: str | None = None
+    """Why nothing of it is captured: a data backup has it. See ``exclusion``."""
 
     @property
     def number(self) -> int | None:
@@ -68,6 +70,7 @@ class Volume:
             "certainty": self.allocation.certainty,
             "reason": self.allocation.reason,
             **({"proof": self.proof.to_json()} if self.proof else {}),
+            **({"excluded": self.excluded} if self.excluded else {}),
         }
 
 
@@ -87,10 +90,15 @@ class DiskLayout:
             (volume.offset + extent.offset, extent.length)
             for volume in self.volumes
             for extent in volume.allocation.used
+            if volume.excluded is None
         ]
         outside = mapped.complement(self.size)
         used = Extents([*outside, *inside, *self.table.table_extents])
         return used.align_outward(PIECE_SIZE, self.size)
+
+    def excluded(self) -> Extents:
+        """The partitions of which nothing is captured."""
+        return Extents((v.offset, v.size) for v in self.volumes if v.excluded is not None)
 
 
 def read_layout(source: BlockSource) -> DiskLayout:

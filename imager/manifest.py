@@ -65,6 +65,16 @@ class Disk:
         """What was captured of one partition."""
         return next((item for item in self.partitions if item.get("number") == number), None)
 
+    @property
+    def excluded(self) -> Extents:
+        """Partitions that are left out of the image on purpose, in bytes. Raises FormatError."""
+        left_out = [
+            [item.get("offset"), item.get("size")]
+            for item in self.partitions
+            if item.get("excluded")
+        ]
+        return Extents(_pairs(left_out, self.size))
+
     def where(self, offset: int) -> str:
         """Words for the part of the disk that a byte lies in."""
         for item in self.partitions:

@@ -189,6 +189,8 @@ class _Planner:
             )
         if part.kind == "extended":
             raise UsageError(f"partition {number} is an extended one: restore those inside it")
+        if reason := (self._disk.partition(number) or {}).get("excluded"):
+            self._refusals.append(f"partition {number} is not in the image: {reason}")
         return Extent(part.offset, part.size)
 
     # --- the target ---
@@ -355,6 +357,7 @@ class _Planner:
             self._steps.append("read everything back and compare digests")
         if options.partition is None:
             self._describe_table(size)
+            self._describe_left_out()
         elif options.grow:
             part = disk.partition(options.partition) or {}
             self._describe_growth(options.partition, part)
@@ -366,6 +369,18 @@ class _Planner:
             yield (
                 f"{extent.length} bytes at byte {extent.offset}, "
                 f"{self._disk.where(extent.offset)}, could not be read when the image was made"
+            )
+
+    def _describe_left_out(self) -> None:
+        for item in self._disk.partitions:
+            if not item.get("excluded"):
+                continue
+            inside = item.get("filesystem") or {}
+            kind, uuid = inside.get("kind", "unknown"), inside.get("uuid") or "none"
+            self._warnings.append(
+                f"partition {item.get('number')} ({kind}, UUID {uuid}) is not in the image, "
+                f"{item['excluded']}: what the target has there stays; on another disk make the "
+                "filesystem, then bring back its data (imager data restore)"
             )
 
     def _describe_table(self, size: int) -> None:
@@ -389,6 +404,8 @@ class _Planner:
             self._need_tool("sfdisk")
 
     def _describe_growth(self, number: int | None, part: dict[str, Any]) -> None:
+        if part.get("excluded"):
+            self._refusals.append("--grow: the last partition is not in the image")
         kind = str((part.get("filesystem") or {}).get("kind", "unknown"))
         what = "the filesystem" if number is None else f"partition {number} and its filesystem"
         if not can_grow(kind):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from imager.blockmap import BlockMap, Run
 from imager.errors import ImagerError, IntegrityError, RefusedError
-from imager.extents import Extent
+from imager.extents import Extent, Extents
 from imager.format import State, digest_of
 from imager.growfs import grow_filesystem
 from imager.loopdevice import is_without_partitions
@@ -222,9 +222,12 @@ class _Restorer:
     # --- in the feeder ---
 
     def _jobs(self, source: Extent) -> Iterator[_Span | _Empty]:
-        """What a range of the disk consists of, in order, in places of the target."""
-        if source.length <= 0:
-            return
+        """What a range of the disk consists of, in order, in places of the target; without the
+        partitions that are left out of the image: they stay what they are."""
+        for part in Extents([source] if source.length > 0 else []).subtract(self._disk.excluded):
+            yield from self._jobs_within(part)
+
+    def _jobs_within(self, source: Extent) -> Iterator[_Span | _Empty]:
         unit, shift = self._disk.block_size, self._plan.target_offset - self._plan.source.offset
         pieces: list[_Piece] = []
         pack: bytes | None = None

@@ -117,6 +117,12 @@ def capture(
             help="Run the data backups of imager.toml beside it. Default: for disks only.",
         ),
     ] = None,
+    exclude_partition: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="N", help="Leave this partition out (sda:N with several disks); several times."
+        ),
+    ] = None,
     sector_size: SectorOption = None,
     repo: RepoOption = None,
     json: JsonOption = False,
@@ -128,6 +134,7 @@ def capture(
     from imager.cli.bars import open_progress
     from imager.cli.proving import all_hold, prove_disks
     from imager.data.backing import DataRun
+    from imager.exclusion import leave_out
     from imager.fingerprint import read_fingerprint
 
     _refuse_contradictions(prove_map, all_blocks, consistency)
@@ -139,7 +146,9 @@ def capture(
         repository = _open_or_make(repo, init)
         if prove_map:
             disks = prove_disks(disks, shown)
-        beside = DataRun(_data_entries(data, disks), shown)
+        entries = _data_entries(data, disks)
+        disks = leave_out(disks, exclude_partition or [], entries)
+        beside = DataRun(entries, shown)
         beside.before()
         job = CaptureJob(
             disks=tuple(disks),

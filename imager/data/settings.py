@@ -14,6 +14,7 @@ from imager.config import CONFIG_FILE
 from imager.data.engines import OWN
 from imager.data.model import DataEntry, Password
 from imager.errors import UsageError
+from imager.exclusion import check_names
 from imager.retention import Rules
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
@@ -102,6 +103,7 @@ def _check(entry: DataEntry, where: str) -> None:
         raise UsageError(f"{where}: {entry.engine} needs a repository and paths")
     if entry.engine == "command" and "backup" not in entry.commands:
         raise UsageError(f"{where}: the engine command needs backup, and restore to bring it back")
+    check_names(entry.exclude_partitions, where)
     if relative := [path for path in entry.paths if not path.startswith("/")]:
         raise UsageError(f"{where}: {relative[0]} is not a path from the root")
 
