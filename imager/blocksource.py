@@ -132,8 +132,8 @@ class PartSource:
             raise SourceError(
                 f"{parent.path} has {parent.size} bytes: no part of {length} bytes at {offset}"
             )
-        self._parent = parent
-        self._offset = offset
+        self.parent = parent
+        self.offset = offset
         self.size = length
         self.path = f"{parent.path}+{offset}" if offset else parent.path
         self.logical_sector = parent.logical_sector
@@ -142,14 +142,14 @@ class PartSource:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         self._check_range(offset, len(buffer))
-        self._parent.read_into(self._offset + offset, buffer)
+        self.parent.read_into(self.offset + offset, buffer)
 
     def pread(self, offset: int, length: int) -> bytes:
         self._check_range(offset, length)
-        return self._parent.pread(self._offset + offset, length)
+        return self.parent.pread(self.offset + offset, length)
 
     def data_extents(self) -> Extents:
-        return self._parent.data_extents().clip(self._offset, self.size).shift(-self._offset)
+        return self.parent.data_extents().clip(self.offset, self.size).shift(-self.offset)
 
     def _check_range(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:

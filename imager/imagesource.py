@@ -1,22 +1,24 @@
 """An image's disk as a source: read at any offset, each block proved by its digest.
 
-Blocks come through one cache that all threads share. Whoever misses a block reads it, and when
-the disk is read in order, the records that follow it in the same pack too; others who want the
-same block wait for it. A block that is damaged fails for those who read it, and only for them.
+Blocks come through a cache that all threads share, and several disks can. Whoever misses a block
+reads it, and when the disk is read in order, the records that follow it in the same pack too;
+others who want the same block wait for it. A block that is damaged fails for those who read it, and
+only for them.
 """
 
 from __future__ import annotations
 
 import errno
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import NamedTuple, Self
 
 from imager.blockmap import Run
 from imager.errors import ImagerError, IntegrityError, SourceError
 from imager.extents import Extents
-from imager.format import FANOUT, RecordKind, State
+from imager.format import FANOUT, Place, RecordKind, State
 from imager.manifest import Disk
 from imager.pack import Decoder, Pack, pack_name
 from imager.pipeline import PerThread
@@ -27,8 +29,59 @@ CACHE_BYTES = 64 << 20
 # Long enough for a disk or a web server to stream, short enough to be thrown away for nothing.
 _READ_AHEAD_BYTES = 4 << 20
 
+# Several clients, or connections of one, read at so many places; the requests of one place may
+# overtake each other by so many blocks.
+_KEPT_PLACES = 16
+_OVERTAKEN_BLOCKS = 8
+
 # Stretches of the map that stay at hand, of FANOUT blocks each (256 MiB of the disk).
 _KEPT_STRETCHES = 32
+
+
+class Piece(NamedTuple):
+    """``length`` bytes of a disk; no content is zeros. Not to be written to."""
+
+    length: int
+    content: memoryview | None
+
+
+class BlockCache:
+    """Contents of blocks by their digests, at most so many bytes: what was used last stays."""
+
+    def __init__(self, capacity_bytes: int = CACHE_BYTES) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.lock = threading.Lock()
+        """Is held by the callers of all methods."""
+        self._blocks: OrderedDict[bytes, Future[bytes]] = OrderedDict()
+        self._sizes: dict[bytes, int] = {}
+        self._bytes = 0
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._blocks
+
+    def get(self, digest: bytes) -> Future[bytes] | None:
+        """What is there, or on its way, and counts as used now."""
+        found = self._blocks.get(digest)
+        if found is not None:
+            self._blocks.move_to_end(digest)
+        return found
+
+    def add(self, digest: bytes, size: int) -> Future[bytes]:
+        """A block that the caller will read."""
+        future: Future[bytes] = Future()
+        self._blocks[digest] = future
+        self._sizes[digest] = size
+        self._bytes += size
+        while self._bytes > self.capacity_bytes and len(self._blocks) > 1:
+            oldest, _ = self._blocks.popitem(last=False)
+            self._bytes -= self._sizes.pop(oldest)
+        return future
+
+    def drop(self, digest: bytes, future: Future[bytes]) -> None:
+        """One that could not be read."""
+        if self._blocks.get(digest) is future:
+            del self._blocks[digest]
+            self._bytes -= self._sizes.pop(digest)
 
 
 class _Group(NamedTuple):
@@ -51,10 +104,16 @@ class ImageSource:
     is_device = False
 
     def __init__(
-        self, repository: Repository, disk: Disk, *, cache_bytes: int = CACHE_BYTES
+        self,
+        repository: Repository,
+        disk: Disk,
+        *,
+        cache_bytes: int = CACHE_BYTES,
+        cache: BlockCache | None = None,
     ) -> None:
         """``repository`` is this source's own from now on: reading it elsewhere meanwhile is not
-        safe. Raises IntegrityError when the map does not match the manifest."""
+        safe. ``cache``: one that is shared. Raises IntegrityError when the map does not match the
+        manifest."""
         self.path = f"{repository.store.url}:{disk.name}"
         self.size = disk.size
         self.logical_sector = self.physical_sector = disk.logical_sector
@@ -64,18 +123,18 @@ class ImageSource:
         self._map = repository.block_map(disk)
         self._lock = threading.Lock()
         self._decoders = PerThread(Decoder)
-        self._capacity = max(cache_bytes // disk.block_size, 1)
-        self._read_ahead = max(min(_READ_AHEAD_BYTES // disk.block_size, self._capacity // 2), 1)
-        self._blocks: OrderedDict[int, Future[bytes]] = OrderedDict()
+        self._cache = cache or BlockCache(cache_bytes)
+        capacity = self._cache.capacity_bytes // disk.block_size
+        self._read_ahead = max(min(_READ_AHEAD_BYTES // disk.block_size, capacity // 2), 1)
         self._stretches: OrderedDict[int, list[Run]] = OrderedDict()
-        self._next = 0  # the block that a reader in order would want
+        # Where readers in order would go on, and how many blocks were read there at once.
+        self._places: deque[tuple[int, int]] = deque(maxlen=_KEPT_PLACES)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
-            self._blocks.clear()
             self._stretches.clear()
 
     def pread(self, offset: int, length: int) -> bytes:
@@ -86,25 +145,74 @@ class ImageSource:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the whole buffer; errors as the class says."""
-        self._check(offset, len(buffer))
         at = 0
-        while at < len(buffer):
-            number, start = divmod(offset + at, self._disk.block_size)
-            length = min(self._disk.block_size - start, len(buffer) - at)
-            content = self._block(number)
-            buffer[at : at + length] = (
-                bytes(length) if content is None else memoryview(content)[start : start + length]
-            )
+        for length, content in self.pieces(offset, len(buffer)):
+            buffer[at : at + length] = bytes(length) if content is None else content
             at += length
+
+    def pieces(self, offset: int, length: int) -> Iterator[Piece]:
+        """The same without copies, block by block: an error comes at the byte where it is."""
+        self._check(offset, length)
+        bad = next(self._unreadable.within(offset, length), None)
+        end = offset + length if bad is None else bad.offset
+        unit = self._disk.block_size
+        while offset < end:
+            number, start = divmod(offset, unit)
+            stop = min(start + end - offset, unit)
+            yield _piece(self._block(number), start, stop)
+            offset += stop - start
+        if bad is not None:
+            raise OSError(errno.EIO, f"byte {bad.offset} could not be read when it was imaged")
+
+    def ready_pieces(self, offset: int, length: int) -> list[Piece] | None:
+        """The same when it is all at hand, else None; raises SourceError only."""
+        self._check(offset, length)
+        if next(self._unreadable.within(offset, length), None) is not None:
+            return None
+        unit, end = self._disk.block_size, offset + length
+        found = []
+        with self._lock:
+            while offset < end:
+                number, start = divmod(offset, unit)
+                if number // FANOUT not in self._stretches:
+                    return None
+                run = self._run(number)
+                content = None
+                if run.place is not None:
+                    with self._cache.lock:
+                        future = self._cache.get(run.digest)
+                    if future is None or not future.done() or future.exception() is not None:
+                        return None
+                    content = future.result()
+                stop = min(start + end - offset, unit)
+                found.append(_piece(content, start, stop))
+                offset += stop - start
+        return found
+
+    def allocation(self, offset: int, length: int) -> Iterator[tuple[int, bool]]:
+        """Lengths in bytes, and whether a block is stored there (or could not be read)."""
+        self._check(offset, length)
+        unit, end = self._disk.block_size, offset + length
+        while offset < end:
+            first = offset // unit
+            with self._lock:
+                runs = self._stretch(first // FANOUT)
+                stop = first
+                is_data = _is_data(runs[first % FANOUT])
+                for run in runs[first % FANOUT :]:
+                    if _is_data(run) != is_data:
+                        break
+                    stop += 1
+            until = min(stop * unit, end)
+            yield until - offset, is_data
+            offset = until
 
     def data_extents(self) -> Extents:
         """The blocks that are stored, in bytes."""
         unit = self._disk.block_size
         with self._lock:
             stored = Extents.from_sorted(
-                (run.first * unit, run.blocks * unit)
-                for run in self._map.runs()
-                if run.place is not None or run.state == State.UNREADABLE
+                (run.first * unit, run.blocks * unit) for run in self._map.runs() if _is_data(run)
             )
         return stored.clip(0, self.size)
 
@@ -114,54 +222,59 @@ class ImageSource:
                 f"read outside of {self.path}: {length} bytes at byte {offset}, "
                 f"of a size of {self.size}"
             )
-        bad = next(self._unreadable.within(offset, length), None)
-        if bad is not None:
-            raise OSError(errno.EIO, f"byte {bad.offset} could not be read when it was imaged")
 
     # --- blocks ---
 
     def _block(self, number: int) -> bytes | None:
         """A block's content, None for zeros."""
-        with self._lock:
-            in_order, self._next = number == self._next, number + 1
-            found = self._blocks.get(number)
-            group = None
-            if found is not None:
-                self._blocks.move_to_end(number)
-            else:
+        while True:
+            with self._lock:
                 run = self._run(number)
                 if run.place is None:
                     if run.state == State.UNREADABLE:
                         raise OSError(errno.EIO, f"block {number} could not be read")
                     return None
-                group = self._claim(number, in_order)
-                found = group.futures[0]
-        if group is not None:
-            self._load(group)
-        return found.result()
+                with self._cache.lock:
+                    found = self._cache.get(run.digest)
+                group = self._claim(run, run.place) if found is None else None
+            if group is not None:
+                self._load(group)
+                return group.futures[0].result()
+            if found is not None and found.exception() is None:  # it waits for another thread
+                return found.result()
+            # That one failed, for itself: it may have read the same block from another place.
 
-    def _claim(self, number: int, in_order: bool) -> _Group:
+    def _claim(self, wanted: Run, place: Place) -> _Group | None:
         """Take it upon this thread to load a block, and those that follow when it's in order."""
-        runs = [self._run(number)]
-        place = runs[0].place
-        assert place is not None
         pack = self._repository.pack(place.pack)
-        while in_order and len(runs) < self._read_ahead:
-            after = number + len(runs)
-            if after >= self._disk.blocks or after in self._blocks:
+        most = self._blocks_at_once(wanted.first)
+        runs = [wanted]
+        futures: list[Future[bytes]] = []
+        with self._cache.lock:
+            if wanted.digest in self._cache:  # another disk's source was quicker
+                return None
+            futures.append(self._cache.add(wanted.digest, self._disk.block_size))
+        while len(runs) < most:
+            after = wanted.first + len(runs)
+            if after >= self._disk.blocks:
                 break
             run = self._run(after)
             if run.place != (place.pack, place.ordinal + len(runs)):
                 break
+            with self._cache.lock:
+                if run.digest in self._cache:
+                    break
+                futures.append(self._cache.add(run.digest, self._disk.block_size))
             runs.append(run)
-        futures: list[Future[bytes]] = []
-        for run in runs:
-            future: Future[bytes] = Future()
-            self._blocks[run.first] = future
-            futures.append(future)
-        while len(self._blocks) > self._capacity:
-            self._blocks.popitem(last=False)
+        self._places.append((wanted.first + len(runs), most))
         return _Group(pack, place.ordinal, runs, futures)
+
+    def _blocks_at_once(self, number: int) -> int:
+        """More and more where a reader goes on in order."""
+        for end, blocks in self._places:
+            if 0 <= number - end < _OVERTAKEN_BLOCKS:
+                return min(4 * blocks, self._read_ahead)
+        return 1
 
     def _load(self, group: _Group) -> None:
         """Give each future of the group its content or its error."""
@@ -177,9 +290,8 @@ class ImageSource:
             try:
                 future.set_result(self._decoded(pack, first, n, run, raw))
             except BaseException as error:
-                with self._lock:
-                    if self._blocks.get(run.first) is future:
-                        del self._blocks[run.first]
+                with self._cache.lock:
+                    self._cache.drop(run.digest, future)
                 future.set_exception(error)
 
     def _decoded(self, pack: Pack, first: int, n: int, run: Run, raw: bytes | None) -> bytes:
@@ -210,7 +322,10 @@ class ImageSource:
 
     def _run(self, number: int) -> Run:
         """What the map says of one block."""
-        index, n = divmod(number, FANOUT)
+        return self._stretch(number // FANOUT)[number % FANOUT]
+
+    def _stretch(self, index: int) -> list[Run]:
+        """A run for each of the blocks below a page of the map."""
         stretch = self._stretches.get(index)
         if stretch is None:
             first = index * FANOUT
@@ -224,4 +339,12 @@ class ImageSource:
                 self._stretches.popitem(last=False)
         else:
             self._stretches.move_to_end(index)
-        return stretch[n]
+        return stretch
+
+
+def _is_data(run: Run) -> bool:
+    return run.place is not None or run.state == State.UNREADABLE
+
+
+def _piece(content: bytes | None, start: int, stop: int) -> Piece:
+    return Piece(stop - start, None if content is None else memoryview(content)[start:stop])
