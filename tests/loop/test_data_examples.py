@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from imager.process import run
+from imager.errors import ToolError
+from imager.process import follow, run
 from tests.support.commandline import CHECKOUT, imager
 from tests.support.disks import MIB, make_filesystem, make_sparse, needs_loop
 
@@ -131,3 +132,125 @@ def test_postgresql(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bring_back(scratch, image)
     with cluster.running():
         assert cluster.sql("select count(*), max(text) from orders") == "5000|order 999"
+
+
+# --- mail ---
+
+MESSAGE = b"From: a@example.test\nTo: anna@example.test\nSubject: hello %d\n\nDear Anna %d\n"
+
+
+class MailServer:
+    """Postfix takes mail by its ``sendmail`` and delivers it to a Maildir that Dovecot reads."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch = scratch
+        self.mail = scratch / "mail"
+        self._user = pwd.getpwnam("nobody")
+        self.make_mail_folder()
+        self._configure_postfix()
+        self._configure_dovecot()
+
+    def make_mail_folder(self) -> None:
+        self.mail.mkdir()
+        os.chown(self.mail, self._user.pw_uid, self._user.pw_gid)
+
+    def _configure_postfix(self) -> None:
+        self.postfix = self.scratch / "postfix"
+        for name in ("", "queue", "data", "log"):
+            (self.postfix / name).mkdir()
+        os.chown(self.postfix / "data", pwd.getpwnam("postfix").pw_uid, -1)
+        settings = {
+            "compatibility_level": "3.6",
+            "queue_directory": f"{self.postfix}/queue",
+            "data_directory": f"{self.postfix}/data",
+            "maillog_file": f"{self.postfix}/log/mail.log",
+            "maillog_file_prefixes": str(self.postfix),
+            "inet_interfaces": "127.0.0.1",
+            "inet_protocols": "ipv4",
+            "myhostname": "mail.example.test",
+            "mydestination": "",
+            "alias_maps": "",
+            "virtual_mailbox_domains": "example.test",
+            "virtual_mailbox_maps": "static:anna/",
+            "virtual_mailbox_base": str(self.mail),
+            "virtual_minimum_uid": "1",
+            "virtual_uid_maps": f"static:{self._user.pw_uid}",
+            "virtual_gid_maps": f"static:{self._user.pw_gid}",
+        }
+        lines = "".join(f"{key} = {value}\n" for key, value in settings.items())
+        (self.postfix / "main.cf").write_text(lines)
+        (self.postfix / "master.cf").write_text(
+            "pickup unix n - n 1 1 pickup\ncleanup unix n - n - 0 cleanup\n"
+            "qmgr unix n - n 300 1 qmgr\nrewrite unix - - n - - trivial-rewrite\n"
+            "virtual unix - n n - - virtual\nbounce unix - - n - 0 bounce\n"
+            "defer unix - - n - 0 bounce\nerror unix - - n - - error\n"
+            "postlog unix-dgram n - n - 1 postlogd\n"
+        )
+
+    def _configure_dovecot(self) -> None:
+        self.dovecot = self.scratch / "dovecot.conf"
+        user = self._user
+        self.dovecot.write_text(
+            f"base_dir = {self.scratch}/run\nlog_path = {self.scratch}/dovecot.log\n"
+            f"state_dir = {self.scratch}/state\nprotocols = imap\nssl = no\nlisten = 127.0.0.1\n"
+            f"mail_location = maildir:{self.mail}/%n\nfirst_valid_uid = 1\n"
+            "service imap-login {\n  inet_listener imap {\n    port = 0\n  }\n"
+            "  inet_listener imaps {\n    port = 0\n  }\n}\n"
+            f"userdb {{\n  driver = static\n  args = uid={user.pw_uid} gid={user.pw_gid} "
+            f"home={self.mail}/%n allow_all_users=yes\n}}\n"
+            "passdb {\n  driver = static\n  args = nopassword=y\n}\n"
+        )
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        postfix = ["postfix", "-c", str(self.postfix)]
+        dovecot = ["dovecot", "-c", str(self.dovecot)]
+        follow([*postfix, "start"], timeout_seconds=SECONDS)
+        try:
+            follow(dovecot, timeout_seconds=SECONDS)  # the server keeps the ends of the pipes
+            try:
+                yield
+            finally:
+                run([*dovecot, "stop"], timeout_seconds=SECONDS)
+        finally:
+            run([*postfix, "stop"], timeout_seconds=SECONDS)
+
+    def send(self, number: int) -> None:
+        words = ["sendmail", "-C", str(self.postfix), "-f", "a@example.test", "anna@example.test"]
+        run(words, input_bytes=MESSAGE % (number, number), timeout_seconds=SECONDS)
+
+    def subjects(self) -> list[str]:
+        """As Dovecot reads them for the user."""
+        words = ["doveadm", "-c", str(self.dovecot), "fetch", "-u", "anna", "hdr.subject", "all"]
+        try:
+            lines = run(words, timeout_seconds=SECONDS).stdout.decode().splitlines()
+        except ToolError:
+            return []
+        return sorted(line.removeprefix("hdr.subject: ") for line in lines if "hello" in line)
+
+
+def test_mail_server(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = MailServer(scratch)
+    secret, store = scratch / "restic.password", scratch / "restic"
+    secret.write_text("correct horse\n")
+    run(["restic", "init", "-r", str(store), "--password-file", str(secret)])
+    monkeypatch.setenv("RESTIC_CACHE_DIR", str(scratch / "cache"))
+    places = {
+        "/backup/restic": store,
+        "/etc/imager/restic.password": secret,
+        "/srv/mail": server.mail,
+    }
+    configure("mail", scratch, places, monkeypatch)
+    expected = [f"hello {number}" for number in range(3)]
+    with server.running():
+        for number in range(3):
+            server.send(number)
+        wait_for("three messages", lambda: server.subjects() == expected)
+        image = capture(scratch)
+    shutil.rmtree(server.mail)
+    server.make_mail_folder()
+    bring_back(scratch, image)
+    with server.running():
+        assert server.subjects() == expected
+        server.send(3)
+        wait_for("the next message", lambda: server.subjects() == [*expected, "hello 3"])
