@@ -18,7 +18,7 @@ from imager.allocation import AllocationMap, Companion, Filesystem, identify
 from imager.allocation.model import all_used
 from imager.blocksource import BlockSource, PartSource
 from imager.errors import ImagerError, ObjectMissing, UsageError
-from imager.imagesource import ImageSource
+from imager.imagesource import CACHE_BYTES, ImageSource
 from imager.manifest import Disk
 from imager.repository import Repository
 
@@ -83,16 +83,18 @@ def open_disks(
     open_repository: Callable[[], Repository],
     disks: Sequence[Disk],
     *,
-    cache_bytes: int | None = None,
+    cache_bytes: int = CACHE_BYTES,
 ) -> Iterator[list[OpenDisk]]:
     """The sources of some disks; each has a repository of its own, so all threads may read.
 
     ``cache_bytes``: of all together.
     """
-    more = {} if cache_bytes is None else {"cache_bytes": cache_bytes // len(disks)}
+    each = cache_bytes // len(disks)
     with ExitStack() as stack:
         yield [
-            OpenDisk(disk, stack.enter_context(ImageSource(open_repository(), disk, **more)))
+            OpenDisk(
+                disk, stack.enter_context(ImageSource(open_repository(), disk, cache_bytes=each))
+            )
             for disk in disks
         ]
 

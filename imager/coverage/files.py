@@ -7,7 +7,7 @@ import errno
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class _Driver:
+class Driver:
     """How a kind is mounted: ``mount`` is followed by device (or file) and folder."""
 
     mount: tuple[str, ...]
@@ -44,26 +44,26 @@ class _Driver:
 # Read-only mounts still replay a journal when the device is writable: here, into the view.
 # errors=continue: a superblock may ask for a panic. nouuid: the source may be mounted.
 # forget: else the kernel goes on taking the view for the source's device.
-_EXT = _Driver(("mount", "-t", "ext4", "-o", "ro,errors=continue"))
-_DRIVERS = {
+_EXT = Driver(("mount", "-t", "ext4", "-o", "ro,errors=continue"))
+DRIVERS: Mapping[str, Driver] = {
     "ext2": _EXT,
     "ext3": _EXT,
     "ext4": _EXT,
-    "xfs": _Driver(("mount", "-t", "xfs", "-o", "ro,nouuid"), surplus="last block"),
-    "btrfs": _Driver(
+    "xfs": Driver(("mount", "-t", "xfs", "-o", "ro,nouuid"), surplus="last block"),
+    "btrfs": Driver(
         ("mount", "-t", "btrfs", "-o", "ro,subvolid=5"),
         after=("btrfs", "device", "scan", "--forget"),
     ),
-    "ntfs": _Driver(("ntfs-3g", "-o", "ro"), takes_files=True),
-    "vfat": _Driver(("mount", "-t", "vfat", "-o", "ro")),
-    "exfat": _Driver(("mount", "-t", "exfat", "-o", "ro")),
-    "f2fs": _Driver(("mount", "-t", "f2fs", "-o", "ro")),
+    "ntfs": Driver(("ntfs-3g", "-o", "ro"), takes_files=True),
+    "vfat": Driver(("mount", "-t", "vfat", "-o", "ro")),
+    "exfat": Driver(("mount", "-t", "exfat", "-o", "ro")),
+    "f2fs": Driver(("mount", "-t", "f2fs", "-o", "ro")),
 }
 
 
 def surplus(kind: str) -> Surplus:
     """What mounting reads without need."""
-    return _DRIVERS[kind].surplus
+    return DRIVERS[kind].surplus
 
 
 @contextlib.contextmanager
@@ -72,7 +72,7 @@ def mounted(view: Path, kind: str, sector_size: int) -> Iterator[Path]:
 
     Raises ToolError when it can't be mounted: not root, or the kernel doesn't know the kind.
     """
-    driver = _DRIVERS[kind]
+    driver = DRIVERS[kind]
     with ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="imager-files-"))
         stack.callback(folder.rmdir)
@@ -83,7 +83,7 @@ def mounted(view: Path, kind: str, sector_size: int) -> Iterator[Path]:
             stack.callback(run, [*driver.after, device], accept=range(256))
         stack.callback(_unmount, folder)
         run([*driver.mount, device, str(folder)])
-        _require_source(folder, device)
+        require_source(folder, device)
         yield folder
 
 
@@ -160,8 +160,10 @@ def _read_content(path: Path, token: bytes) -> None:
         os.close(fd)
 
 
-def _require_source(folder: Path, device: str) -> None:
-    """Btrfs goes by ids: of two devices with the same, the kernel could have taken the other."""
+def require_source(folder: Path, device: str) -> None:
+    """Raises ToolError for another device below a mount.
+
+    Btrfs goes by ids: of two devices with the same, the kernel could have taken the other."""
     found = run(["findmnt", "--noheadings", "--output", "SOURCE", str(folder)]).stdout.decode()
     if found.strip().partition("[")[0] != device:
         raise ToolError(f"the kernel mounted {found.strip()} for {device}")

@@ -15,12 +15,11 @@ source is never touched.
 from __future__ import annotations
 
 import contextlib
-import ctypes.util
+import ctypes
 import errno
 import multiprocessing
 import os
 import signal
-import stat
 import tempfile
 import traceback
 from collections.abc import Iterator
@@ -30,8 +29,9 @@ from pathlib import Path
 from typing import IO
 
 from imager.blocksource import BlockSource
-from imager.errors import ImagerError, ToolError
+from imager.errors import ToolError
 from imager.extents import Extent, Extents
+from imager.fuseserver import ServedFile, serve_files
 from imager.process import run
 
 TOKEN_SIZE = 16
@@ -233,48 +233,19 @@ def _be_a_device_of(parent: int) -> None:
 
 
 def _mount(sparse: SparseView, folder: Path, messages: Connection) -> None:
-    library = ctypes.util.find_library("fuse3")
-    if library:
-        os.environ.setdefault("FUSE_LIBRARY_PATH", library)
-    import mfusepy
+    def read(offset: int, length: int) -> bytes:
+        known = len(sparse.misses)
+        try:
+            return sparse.read(offset, length)
+        finally:
+            for miss in sparse.misses[known:]:
+                messages.send(tuple(miss))
 
-    class Operations(mfusepy.Operations):  # type: ignore[misc]
-        use_ns = True
-
-        def init(self, path: str) -> None:
-            messages.send("ready")
-
-        def getattr(self, path: str, fh: int | None = None) -> dict[str, int]:
-            if path == "/":
-                return {"st_mode": stat.S_IFDIR | 0o700, "st_nlink": 2}
-            if path != f"/{_FILE_NAME}":
-                raise mfusepy.FuseOSError(errno.ENOENT)
-            return {"st_mode": stat.S_IFREG | 0o600, "st_nlink": 1, "st_size": sparse.size}
-
-        def readdir(self, path: str, fh: int) -> list[str]:
-            return [".", "..", _FILE_NAME]
-
-        def open(self, path: str, flags: int) -> int:
-            return 0
-
-        def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
-            known = len(sparse.misses)
-            try:
-                return sparse.read(offset, size)
-            except ImagerError as error:
-                raise mfusepy.FuseOSError(errno.EIO) from error
-            finally:
-                for miss in sparse.misses[known:]:
-                    messages.send(tuple(miss))
-
-        def write(self, path: str, data: bytes, offset: int, fh: int) -> int:
-            return sparse.write(offset, data)
-
-        def flush(self, path: str, fh: int) -> int:
-            return 0
-
-        def fsync(self, path: str, datasync: int, fh: int) -> int:
-            return 0
-
-    options = {"foreground": True, "nothreads": True, "direct_io": True}
-    mfusepy.FUSE(Operations(), str(folder), fsname="imager-view", **options)
+    file = ServedFile(_FILE_NAME, sparse.size, read, sparse.write)
+    serve_files(
+        folder,
+        [file],
+        source="imager-view",
+        on_ready=lambda: messages.send("ready"),
+        in_pages=False,
+    )

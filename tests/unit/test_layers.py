@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 # In import order: a module may import its own layer and those above it here. A name stands for the
 # module or for all of the package. Modules of `imager` that are not listed are engines.
 LAYERS = {
-    "foundation": "errors extents jsonrecord pipeline process progress sysfs units",
+    "foundation": "errors extents jsonrecord mounttable pipeline process progress sysfs units",
     "formats": "config format initramfs marker mbr partitiontypes",
     "devices": "acceleration allocation blocksource contents deviceuse diskidentity fingerprint "
     "firmware gpt growfs loopdevice partitions reading store tableedit target",
@@ -44,7 +44,7 @@ HOMES = {
     "typer": ("imager.cli", "imager.__main__"),
     "click": ("imager.cli", "imager.__main__"),
     "tqdm": ("imager.cli.bars",),
-    "mfusepy": ("imager.coverage.view",),
+    "mfusepy": ("imager.fuseserver",),
     "pycdlib": ("bootmedia.iso", "imager.store.iso"),
     "numpy": (),
 }
