@@ -36,8 +36,8 @@ class PinnedImage(JsonRecord):
 
 @dataclass(frozen=True)
 class TargetRule(JsonRecord):
-    """Where a disk of the image goes: ``ONLY_DISK``, ``serial=…``, ``wwn=…``, ``model=…``, or a
-    device's path."""
+    """Where a disk of the image goes: ``ONLY_DISK``, ``serial=…``, ``wwn=…``, ``model=…``,
+    ``table=…`` (the id of its partition table), or a device's path."""
 
     disk: str
     target: str
@@ -47,7 +47,9 @@ class TargetRule(JsonRecord):
 class Unattended(JsonRecord):
     """A restore that starts by itself after ``countdown`` seconds, unless a key is pressed.
 
-    ``then`` is "reboot" or "poweroff"; it follows a success only.
+    ``then`` is "reboot" or "poweroff"; it follows a success only. ``delta``: write only what
+    differs. ``back``: when nothing could be written, restart, so that the machine's own system
+    comes up again.
     """
 
     image: str
@@ -56,6 +58,8 @@ class Unattended(JsonRecord):
     countdown: int = 10
     then: str = "reboot"
     report_url: str | None = None
+    delta: bool = False
+    back: bool = False
 
 
 @dataclass(frozen=True)

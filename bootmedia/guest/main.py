@@ -121,8 +121,7 @@ def _unattended(session: Session, terminals: Sequence[Terminal]) -> str | None:
         return None
     from bootmedia.guest import unattended
 
-    code = unattended.run(session, terminals)
-    return session.job.unattended.then if code == 0 else None
+    return unattended.ending(session, terminals)
 
 
 def _menus(session: Session, terminals: Sequence[Terminal], network: Network) -> str:

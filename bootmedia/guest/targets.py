@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from bootmedia.guest.diskwords import disk_words
 from bootmedia.guest.session import Session
 from bootmedia.job import ONLY_DISK, TargetRule
+from imager.blocksource import FileSource
 from imager.deviceuse import uses_of
 from imager.diskidentity import DiskIdentity, disk_identity, disks
-from imager.errors import RefusedError
+from imager.errors import ImagerError, RefusedError
+from imager.partitions import read_partition_table
 from imager.units import show_bytes
 
 Matches = Callable[[DiskIdentity], bool]
@@ -92,6 +94,16 @@ def _matcher(target: str) -> Matches:
         return lambda identity: identity.path == path
     key, _, value = target.partition("=")
     wanted = value.strip().lower()
+    if key == "table" and wanted:
+        return lambda identity: _table_id(identity.path) == wanted
     if key not in ("serial", "wwn", "model") or not wanted:
         raise RefusedError([f"{target!r} is no rule for a target"])
     return lambda identity: (getattr(identity, key) or "").strip().lower() == wanted
+
+
+def _table_id(path: str | None) -> str | None:
+    try:
+        with FileSource(path or "") as source:
+            return read_partition_table(source).disk_id
+    except (ImagerError, OSError):
+        return None

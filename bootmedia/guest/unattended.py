@@ -28,6 +28,9 @@ from imager.plan import RestoreOptions
 _WAIT_SECONDS = 60
 _LOOK_AGAIN_SECONDS = 2
 
+# For somebody who watches to read why.
+_BACK_SECONDS = 30
+
 # Somebody has to come and change the disc.
 _VOLUME_SECONDS = 1800
 
@@ -41,14 +44,29 @@ class _Stopped(Exception):
 def run(session: Session, terminals: Sequence[Terminal]) -> int:
     """The exit code, as the command line's: 0 done, 1 failed, 3 damaged, 4 refused, 5 the image
     lacks some of the data; 130 when a key was pressed. Raises nothing."""
+    return _run(session, terminals).run()
+
+
+def ending(session: Session, terminals: Sequence[Terminal]) -> str | None:
+    """Run it; how the machine is to end then, "reboot" or "poweroff", or None when a person is to
+    go on. Raises nothing."""
+    run = _run(session, terminals)
+    code = run.run()
+    if code == _DONE:
+        return run.job.then
+    return "reboot" if code != _STOPPED and run.goes_back() else None
+
+
+def _run(session: Session, terminals: Sequence[Terminal]) -> _Run:
     job = session.job.unattended
     assert job is not None, "the caller asks only a medium that has an unattended restore"
-    return _Run(session, job, AllTerminals(terminals)).run()
+    return _Run(session, job, AllTerminals(terminals))
 
 
 class _Run:
     def __init__(self, session: Session, job: Unattended, everyone: AllTerminals) -> None:
-        self._session, self._job, self._everyone = session, job, everyone
+        self._session, self.job, self._everyone = session, job, everyone
+        self._begun = False
         self._prepared: list[Prepared] = []
         self._image = job.image
         self._left_out: tuple[str, ...] = ()
@@ -60,11 +78,24 @@ class _Run:
         self._everyone.show(["", f"Unattended restore: {reason}"])
         if code == _STOPPED:
             return code
-        if url := self._job.report_url:
+        if url := self.job.report_url:
             post(url, result, self._session.job.medium_id, self._session.log.add)
-        if code:
+        if code and not self._may_go_back:
             self._everyone.show(["The machine stays on: the menu follows."])
         return code
+
+    def goes_back(self) -> bool:
+        """Whether the machine is to start its own system again, as nothing was written to it: when
+        the job says so, and no key is pressed."""
+        if not self._may_go_back:
+            return False
+        text = f"Nothing was written. The machine starts its own system in {_BACK_SECONDS} s;"
+        self._everyone.show([f"{text} any key stops that and leads to the menu."])
+        return not self._everyone.key_pressed(_BACK_SECONDS)
+
+    @property
+    def _may_go_back(self) -> bool:
+        return self.job.back and not self._begun
 
     def _outcome(self) -> tuple[int, str]:
         """Exit code and reason."""
@@ -85,7 +116,7 @@ class _Run:
         if any(item.plan.missing for item in self._prepared):
             missing = "restored, but for what could not be read when the image was made"
             return _PARTIAL, missing + rest
-        return _DONE, "restored and read back" + rest
+        return _DONE, ("rolled back" if self.job.delta else "restored and read back") + rest
 
     def _restore(self) -> None:
         before, self._session.ask_for_volume = self._session.ask_for_volume, self._wait_for_volume
@@ -93,11 +124,12 @@ class _Run:
             found = self._find()
             self._image = found.manifest.id
             targets = self._targets(found.manifest)
-            self._left_out = _without_a_rule(found.manifest, self._job.targets)
+            self._left_out = _without_a_rule(found.manifest, self.job.targets)
             self._prepare(found, targets)
             self._count_down()
             if self._targets(found.manifest) != targets:
                 raise RefusedError(["the disks of this machine changed during the countdown"])
+            self._begun = True
             with self._everyone.progress() as progress:
                 lines = [
                     line for p in self._prepared for line in carry_out(self._session, p, progress)
@@ -110,11 +142,11 @@ class _Run:
 
     def _find(self) -> Found:
         """Raises the last error when the image does not turn up in time."""
-        self._everyone.show([f"Unattended restore of {self._job.image}: press any key to stop it"])
+        self._everyone.show([f"Unattended restore of {self.job.image}: press any key to stop it"])
         deadline = monotonic() + _WAIT_SECONDS
         while True:
             try:
-                return self._session.find(self._job.image)
+                return self._session.find(self.job.image)
             except IntegrityError:
                 raise
             except ImagerError:
@@ -122,17 +154,18 @@ class _Run:
                     raise
             if self._everyone.key_pressed(_LOOK_AGAIN_SECONDS):
                 raise _Stopped
-            if any(image.id == self._job.image for image in self._session.job.images):
+            if any(image.id == self.job.image for image in self._session.job.images):
                 self._session.search_disks()
 
     def _targets(self, manifest: Manifest) -> list[tuple[Disk, Candidate]]:
         """By the rules, of the disks that are there now: a disk may come late. Raises RefusedError
         unless each rule fits exactly one."""
-        return _choose_targets(manifest, self._job.targets, candidates(self._session))
+        return _choose_targets(manifest, self.job.targets, candidates(self._session))
 
     def _prepare(self, found: Found, targets: list[tuple[Disk, Candidate]]) -> None:
         """Raises RefusedError unless all of it may be carried out."""
-        options = RestoreOptions(grow=self._job.grow, read_back=True)
+        delta = self.job.delta  # which reads and compares all of the disk as it is
+        options = RestoreOptions(delta=delta, grow=self.job.grow, read_back=not delta)
         for disk, target in targets:
             item = prepare(self._session, found, disk, target.path, options)
             self._prepared.append(item)
@@ -144,7 +177,7 @@ class _Run:
     def _count_down(self) -> None:
         """Raises _Stopped when a key was pressed."""
         self._everyone.write("\n")
-        for left in range(self._job.countdown, 0, -1):
+        for left in range(self.job.countdown, 0, -1):
             self._everyone.write(
                 f"\rThis begins in {left} s; any key stops it and leads to the menu "
             )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
-from contextlib import ExitStack, redirect_stdout
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from imager.cli import atboot
 from imager.cli.options import (
-    ImageArgument,
     JsonOption,
     ProgressOption,
     RepoOption,
@@ -30,7 +30,13 @@ _STANDARD_ERROR = 2
 
 
 def rollback(
-    image: ImageArgument,
+    image: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="IMAGE",
+            help="An id, a unique prefix of one, or NAME@latest; IMAGE/DISK for one.",
+        ),
+    ] = None,
     disks: Annotated[
         list[str] | None,
         typer.Argument(
@@ -39,6 +45,21 @@ def rollback(
         ),
     ] = None,
     read_back: ReadBackOption = False,
+    at_boot: Annotated[
+        bool,
+        typer.Option(
+            "--at-boot", help="At the next start, by a rescue system that GRUB starts once."
+        ),
+    ] = False,
+    network: Annotated[
+        str,
+        typer.Option(
+            metavar="dhcp|none|ADDRESS/PREFIX[,GATEWAY[,DNS...]]",
+            help="At boot, for a repository that is fetched.",
+        ),
+    ] = "dhcp",
+    cancel: Annotated[bool, typer.Option("--cancel", help="Take back --at-boot.")] = False,
+    status: Annotated[bool, typer.Option("--status", help="Show what --at-boot arranged.")] = False,
     yes: Annotated[
         bool, typer.Option("--yes", help="Do not ask for the disk's name to be typed.")
     ] = False,
@@ -47,17 +68,30 @@ def rollback(
     progress: ProgressOption = "auto",
 ) -> int:
     """Put a disk back to an image of it, writing only what differs. Interrupted, run it again."""
+    from imager.errors import UsageError
+
+    if cancel or status:
+        if image is not None or (cancel and status) or at_boot:
+            raise UsageError("--cancel and --status stand alone")
+        return atboot.cancel(json=json) if cancel else atboot.show_status(json=json)
+    if image is None:
+        raise UsageError("which image? see: imager list")
     repository = open_repository(repo)
+    if at_boot:
+        pairs = own_disks(repository, image, disks or [])
+        return atboot.arrange(
+            repository, pairs, network=network, yes=yes, json=json, progress=progress
+        )
     prepared = plan_rollback(repository, image, disks or [], read_back=read_back)
     return carry_out(repository, prepared, yes=yes, json=json, progress=progress)
 
 
-def plan_rollback(
-    repository: Repository, image: str, paths: list[str], *, read_back: bool = False
-) -> list[tuple[Manifest, Disk, RestorePlan]]:
-    """The plans, for each disk of the image. Raises RefusedError for another disk than its own."""
+def own_disks(
+    repository: Repository, image: str, paths: list[str]
+) -> list[tuple[Manifest, Disk, str]]:
+    """Each disk of the image, and the device that it goes back to. Raises RefusedError when that
+    is another disk than its own."""
     from imager.errors import RefusedError
-    from imager.plan import RestoreOptions, plan_restore
     from imager.rollback import find_own_disk, why_not_own
 
     manifest, disks = find_disks(repository, image)
@@ -70,10 +104,19 @@ def plan_rollback(
         raise RefusedError(
             strange, hint="to put the image onto another disk: imager restore IMAGE DISK --delta"
         )
+    return [(manifest, disk, path) for disk, path in pairs]
+
+
+def plan_rollback(
+    repository: Repository, image: str, paths: list[str], *, read_back: bool = False
+) -> list[tuple[Manifest, Disk, RestorePlan]]:
+    """The plans, for each disk of the image. Raises RefusedError for another disk than its own."""
+    from imager.plan import RestoreOptions, plan_restore
+
     options = RestoreOptions(delta=True, read_back=read_back)
     return [
         (manifest, disk, plan_restore(repository, manifest, disk, path, options))
-        for disk, path in pairs
+        for manifest, disk, path in own_disks(repository, image, paths)
     ]
 
 
@@ -134,7 +177,7 @@ def guard(
     if failure is not None:
         _say(f"FAILED: {failure}")
         done = _way_back(repository, manifest, disk, on_failure, progress)
-    if done != "kept":
+    if done in ("nothing", "rolled back"):
         repository.unpin(manifest.id)
     if json:
         print_json({"image": manifest.id, "failure": failure, "done": done})
@@ -145,13 +188,14 @@ def guard(
 
 
 _OUTCOMES = {
+    "at boot": "the next start of this machine rolls it back (imager rollback --cancel)",
     "rolled back": "the disk is what it was before",
     "kept": "the disk is as the command left it, and the image is pinned",
 }
 
 
 def _hint(manifest: Manifest, disks: list[str], done: str) -> str | None:
-    if done != "kept":
+    if done == "rolled back":
         return None
     return (
         f"the way back: imager rollback {manifest.id} {shlex.join(disks)}; "
@@ -180,26 +224,15 @@ def _take_image(
     paths: list[str], *, name: str | None, note: str, consistency: str, repo: str | None, shown: str
 ) -> tuple[Repository, Manifest]:
     """Raises ImagerError when there is no image without holes: then nothing is run."""
-    from imager.capture import CaptureJob, capture
-    from imager.cli import sources
     from imager.cli.bars import open_progress
+    from imager.cli.sources import _open_or_make
     from imager.errors import ImagerError
-    from imager.fingerprint import read_fingerprint
+    from imager.imaging import ImagingJob, run
 
-    with ExitStack() as stack:
-        progress = stack.enter_context(open_progress(shown))
-        disks = sources._open_disks(paths, None, stack)
-        writers = sources._find_writers(paths, consistency)
-        repository = sources._open_or_make(repo, False)
-        job = CaptureJob(
-            disks=tuple(disks),
-            name=sources._image_name(name, disks),
-            note=note,
-            consistency="none" if writers else "offline",
-            hardware=read_fingerprint(),
-            warnings=tuple(sources._warnings(disks, repository, writers)),
-        )
-        manifest = capture(job, repository, progress)
+    repository = _open_or_make(repo, False)
+    job = ImagingJob(paths=tuple(paths), name=name, note=note, consistency=consistency)
+    with open_progress(shown) as progress:
+        manifest = run(job, lambda: repository, progress).manifest
     if manifest.partial:
         raise ImagerError(
             f"the image {manifest.id} has holes, so it is no way back; nothing was run",
@@ -211,8 +244,8 @@ def _take_image(
 def _way_back(
     repository: Repository, manifest: Manifest, paths: list[str], on_failure: str, progress: str
 ) -> str:
-    """What was done: "rolled back" or "kept". Never silently: only what was asked for, now or by
-    ``on_failure``."""
+    """What was done: "rolled back", "at boot" or "kept". Never silently: only what was asked for,
+    now or by ``on_failure``."""
     from imager.cli.asking import can_ask, choose
     from imager.deviceuse import uses_of
     from imager.errors import ImagerError
@@ -225,7 +258,7 @@ def _way_back(
         ]
         if used:
             _say("it cannot be rolled back while it runs: " + "; ".join(used))
-            return "kept"
+            return _way_back_at_boot(repository, manifest, paths, on_failure, progress)
         if on_failure == "ask" and choose("Roll back, or keep it as it is?", "rk") != "r":
             return "kept"
         prepared = plan_rollback(repository, manifest.id, paths)
@@ -235,3 +268,18 @@ def _way_back(
         _say(f"not rolled back: {error.message}")
         return "kept"
     return "rolled back" if code == 0 else "kept"
+
+
+def _way_back_at_boot(
+    repository: Repository, manifest: Manifest, paths: list[str], on_failure: str, progress: str
+) -> str:
+    """What was done: "at boot" or "kept". Restarting is left to the person, or their script."""
+    from imager.cli.asking import choose
+
+    question = "Roll back at the next start, or keep it as it is?"
+    if on_failure == "ask" and choose(question, "rk") != "r":
+        return "kept"
+    pairs = own_disks(repository, manifest.id, paths)
+    with redirect_stdout(sys.stderr):
+        atboot.arrange(repository, pairs, network="dhcp", yes=True, json=False, progress=progress)
+    return "at boot"

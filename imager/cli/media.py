@@ -165,7 +165,7 @@ def build(
         volume_size=split_at,
         repositories=tuple(fetch or ()),
         unattended=plan,
-        pinned=tuple(map(_pinned, named)),
+        pinned=tuple(map(pinned, named)),
         network=connection,
         ssh_keys=keys,
         data_engines=_data_engines() if data else (),
@@ -358,11 +358,11 @@ def _carried(
     def source(item: StoredObject) -> Path:
         return carry.source_file(repository.store, item, scratch)
 
-    pins = tuple(map(_pinned, manifests))
+    pins = tuple(map(pinned, manifests))
     return CarriedImages(pins, tuple(carry.objects_of(repository, manifests)), source)
 
 
-def _pinned(manifest: Manifest) -> PinnedImage:
+def pinned(manifest: Manifest) -> PinnedImage:
     from bootmedia.job import PinnedDisk, PinnedImage
 
     disks = tuple(PinnedDisk(disk.name, disk.root) for disk in manifest.disks)
