@@ -12,6 +12,7 @@ import pytest
 
 from bootmedia import oneshot
 from bootmedia.grubonce import Entry, Grub
+from bootmedia.guest.targets import Candidate, choose_target
 from bootmedia.job import PinnedImage, TargetRule
 from bootmedia.oneshot import Rollback
 from imager.diskidentity import DiskIdentity
@@ -207,5 +208,8 @@ def test_how_a_disk_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     known.clear()
     rule = oneshot._target_rule("sda", path, [other])
     assert isinstance(rule, TargetRule) and rule.target.startswith("table=")
+    strange = str(make_sparse(tmp_path / "strange.img", 64 * MIB))
+    there = [Candidate(file, DiskIdentity(file, size=64 * MIB)) for file in (strange, path)]
+    assert choose_target(rule, there, MIB).path == path, "the rescue system finds it again"
     plain = str(make_sparse(tmp_path / "plain.img", MIB))
     assert "to be known by" in str(oneshot._target_rule("sda", plain, []))

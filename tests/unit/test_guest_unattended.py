@@ -22,6 +22,7 @@ from bootmedia.job import Job, PinnedDisk, PinnedImage, TargetRule, Unattended
 from imager.capture import CaptureJob, capture
 from imager.compatibility import Comparison, Reason
 from imager.diskidentity import DiskIdentity
+from imager.errors import ImagerError
 from imager.progress import NullProgress
 from imager.repository import Repository
 from tests.support.disks import make_file
@@ -57,12 +58,21 @@ class Bench:
         return Candidate(str(path), DiskIdentity(str(path), size=path.stat().st_size, **known))
 
     def run(self, *terminals: Watcher, image: str | None = None, **settings: Any) -> int:
+        with self.opened(image, **settings) as session:
+            return unattended.run(session, terminals)
+
+    def ending(self, *terminals: Watcher, **settings: Any) -> str | None:
+        with self.opened(None, **settings) as session:
+            return unattended.ending(session, terminals)
+
+    @contextmanager
+    def opened(self, image: str | None, **settings: Any) -> Iterator[Session]:
         rules = settings.pop("targets", (TargetRule(self.name, "only"),))
         wanted = {"countdown": 0, **settings}
         what = Unattended(image or self.manifest.id, rules, **wanted)
         job = Job("0123456789abcdef", 0, "1.0", "6.1", 0, (), unattended=what, images=self.pinned)
         with Session(Job(**{**vars(job), "repositories": self.repositories})) as self.session:
-            return unattended.run(self.session, terminals)
+            yield self.session
 
     @property
     def line(self) -> str:
@@ -187,6 +197,40 @@ def test_a_disk_without_a_rule_is_named(bench: Bench) -> None:
     assert bench.run(image=other) == 0
     assert bench.target.read_bytes() == CONTENT
     assert bench.line.endswith("reason=restored and read back; left out, as told: sdz")
+
+
+def test_how_the_machine_ends(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own system comes up again when nothing was written, unless a person wants to see."""
+    monkeypatch.setattr(unattended, "_BACK_SECONDS", 0)
+    assert bench.ending(then="poweroff") == "poweroff"
+    nobody, person = Watcher(), Watcher("its own system")
+    bench.repositories = ()
+    assert bench.ending(nobody, back=True) == "reboot"
+    assert "Nothing was written" in nobody.written and "menu follows" not in nobody.written
+    assert bench.ending(person, back=True) is None
+    assert bench.ending(Watcher("press any key to stop"), back=True) is None
+    stays = Watcher()
+    assert bench.ending(stays) is None
+    assert "the menu follows" in stays.written
+
+
+def test_a_target_that_was_begun_is_not_left(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> list[str]:
+        raise ImagerError("cannot write")
+
+    monkeypatch.setattr(unattended, "carry_out", fail)
+    watcher = Watcher()
+    assert bench.ending(watcher, back=True) is None
+    assert "the menu follows" in watcher.written
+
+
+def test_a_rollback(bench: Bench) -> None:
+    bench.target.write_bytes(CONTENT[:-512] + BEFORE * 512)
+    watcher = Watcher()
+    assert bench.ending(watcher, delta=True) == "reboot"
+    assert bench.target.read_bytes() == CONTENT
+    assert bench.line.endswith("reason=rolled back")
+    assert "were there already" in watcher.written
 
 
 def test_a_changed_image(bench: Bench) -> None:
