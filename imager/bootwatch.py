@@ -30,10 +30,10 @@ _SEARCH_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Outcome:
-    """``kind`` is a word for programs, empty when it is proved."""
+    """``cause`` is a word for programs, empty when it is proved."""
 
     proved: bool
-    kind: str = ""
+    cause: str = ""
     reason: str = ""
 
 

@@ -53,6 +53,7 @@ class Machine:
         self.memory = memory
         """An open file, the machine's memory; its holes were never touched."""
         self.agent = agent
+        self.was_cut_off = False
         self._process = process
         self._scratch = scratch
 
@@ -91,6 +92,11 @@ class Machine:
             return b""
         finally:
             file.unlink(missing_ok=True)
+
+    def cut_off(self) -> None:
+        """Pull the plug; may be called from any thread."""
+        self.was_cut_off = True
+        self._process.kill()
 
     def power_down(self) -> None:
         """Press the power button."""
