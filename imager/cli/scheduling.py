@@ -251,8 +251,8 @@ def _check_capture(job: Job) -> None:
 
     if job.consistency not in ("auto", "offline", "none"):
         raise UsageError(f"--consistency {job.consistency}: it can be auto, offline or none")
-    if job.exclude_partitions or job.track:
-        raise UsageError("--exclude-partitions and --track are not known to this version")
+    if job.track:
+        raise UsageError("--track is not known to this version")
 
 
 def _paths(job: Job) -> list[str]:
@@ -269,26 +269,16 @@ def _repository(job: Job) -> Repository:
 
 
 def _take(job: Job, paths: list[str], repository: Repository, progress: Progress) -> Manifest:
-    from contextlib import ExitStack
+    from imager.imaging import ImagingJob, run
 
-    from imager.capture import CaptureJob, capture
-    from imager.cli.sources import _find_writers, _image_name, _open_disks, _warnings
-    from imager.fingerprint import read_fingerprint
-
-    with ExitStack() as stack:
-        disks = _open_disks(paths, None, stack)
-        writers = _find_writers(paths, job.consistency)
-        taken = CaptureJob(
-            disks=tuple(disks),
-            name=_image_name(job.image or None, disks),
-            note=job.note,
-            consistency="none" if writers else "offline",
-            hardware=read_fingerprint(),
-            warnings=tuple(_warnings(disks, repository, writers)),
-        )
-        for text in taken.warnings:
-            progress.note(f"warning: {text}")
-        return capture(taken, repository, progress)
+    taken = ImagingJob(
+        paths=tuple(paths),
+        name=job.image or None,
+        note=job.note,
+        consistency=job.consistency,
+        exclude_partitions=job.exclude_partitions,
+    )
+    return run(taken, lambda: repository, progress).manifest
 
 
 def _tell(progress: Progress, job: Job, run: JobRun, before: JobRun | None) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import socket
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,9 +11,6 @@ from imager.cli.options import JsonOption, ProgressOption, RepoOption
 from imager.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
-    from imager.blocksource import FileSource
-    from imager.capture import SourceDisk
-    from imager.data.model import DataEntry
     from imager.layout import DiskLayout
     from imager.manifest import Manifest
     from imager.repository import Repository
@@ -44,17 +38,18 @@ def inspect(
     """Show a disk's partitions and filesystems, the hardware, and what a capture would read."""
     from imager.blocksource import FileSource
     from imager.cli.hardware import print_hardware
-    from imager.cli.proving import all_hold
     from imager.diskidentity import disk_identity
     from imager.fingerprint import read_fingerprint
     from imager.layout import read_layout
+    from imager.mapproof import all_hold
 
     with FileSource(disk, logical_sector=sector_size) as source:
         layout = read_layout(source)
         if prove:
             from imager.coverage import prove_layouts
+            from imager.imaging import find_writers
 
-            _find_writers([disk], "offline")
+            find_writers([disk], "offline")
             (layout,) = prove_layouts([(source, layout)])
         identity, hardware = disk_identity(disk), read_fingerprint()
         document: dict[str, Any] = {
@@ -129,67 +124,27 @@ def capture(
     progress: ProgressOption = "auto",
 ) -> int:
     """Store disks as an image. Interrupted, run it again: what is stored is not stored twice."""
-    from imager.capture import DEFAULT_LEVEL, CaptureJob
-    from imager.capture import capture as run
+    from imager.capture import DEFAULT_LEVEL
     from imager.cli.bars import open_progress
-    from imager.cli.proving import all_hold, prove_disks
-    from imager.data.backing import DataRun
-    from imager.exclusion import leave_out
-    from imager.fingerprint import read_fingerprint
+    from imager.imaging import ImagingJob, run
 
-    _refuse_contradictions(prove_map, all_blocks, consistency)
-    paths = _source_paths(sources or [], all_disks)
-    with ExitStack() as stack:
-        shown = stack.enter_context(open_progress(progress))
-        disks = _open_disks(paths, sector_size, stack)
-        writers = _find_writers(paths, consistency)
-        repository = _open_or_make(repo, init)
-        if prove_map:
-            disks = prove_disks(disks, shown)
-        entries = _data_entries(data, disks)
-        disks = leave_out(disks, exclude_partition or [], entries)
-        beside = DataRun(entries, shown)
-        beside.before()
-        job = CaptureJob(
-            disks=tuple(disks),
-            name=_image_name(name, disks),
-            note=note,
-            level=DEFAULT_LEVEL if level is None else level,
-            all_blocks=all_blocks,
-            consistency="none" if writers else "offline",
-            hardware=read_fingerprint(),
-            warnings=tuple(_warnings(disks, repository, writers)),
-            additions=beside.additions,
-        )
-        for text in job.warnings:
-            shown.note(f"warning: {text}")
-        manifest = run(job, repository, shown)
-        beside.after(repository)
-    _print_capture(manifest, json)
-    whole = beside.whole and all_hold(disk.layout for disk in disks)
-    return 5 if manifest.partial or not whole else 0
-
-
-def _data_entries(asked: bool | None, disks: list[SourceDisk]) -> list[DataEntry]:
-    """A file is an image of some machine, most likely not of the one whose data this is."""
-    from imager.data.settings import load_entries
-    from imager.errors import UsageError
-
-    if asked is False or (asked is None and not any(disk.source.is_device for disk in disks)):
-        return []
-    entries = load_entries()
-    if asked and not entries:
-        raise UsageError("--data: imager.toml has no data backups")
-    return entries
-
-
-def _refuse_contradictions(prove_map: bool, all_blocks: bool, consistency: str) -> None:
-    from imager.errors import UsageError
-
-    if prove_map and all_blocks:
-        raise UsageError("--prove-map and --all-blocks: with all blocks there is nothing to prove")
-    if prove_map and consistency == "none":
-        raise UsageError("--prove-map and --consistency none: what changes cannot be proved")
+    job = ImagingJob(
+        paths=tuple(_source_paths(sources or [], all_disks)),
+        name=name,
+        note=note,
+        level=DEFAULT_LEVEL if level is None else level,
+        all_blocks=all_blocks,
+        prove_map=prove_map,
+        consistency=consistency,
+        data=data,
+        exclude_partitions=tuple(exclude_partition or ()),
+        sector_size=sector_size,
+    )
+    job.check()
+    with open_progress(progress) as shown:
+        done = run(job, lambda: _open_or_make(repo, init), shown)
+    _print_capture(done.manifest, json)
+    return 0 if done.whole else 5
 
 
 def _source_paths(sources: list[str], all_disks: bool) -> list[str]:
@@ -201,71 +156,7 @@ def _source_paths(sources: list[str], all_disks: bool) -> list[str]:
     paths = disks() if all_disks else sources
     if not paths:
         raise UsageError("this machine has no disks that can be captured")
-    if len({Path(path).resolve() for path in paths}) != len(paths):
-        raise UsageError("a source is named twice")
     return paths
-
-
-def _open_disks(paths: list[str], sector_size: int | None, stack: ExitStack) -> list[SourceDisk]:
-    from imager.blocksource import FileSource
-    from imager.capture import SourceDisk
-    from imager.diskidentity import disk_identity
-    from imager.errors import SourceError
-    from imager.layout import read_layouts
-
-    opened = [stack.enter_context(FileSource(path, logical_sector=sector_size)) for path in paths]
-    for source in opened:
-        if source.size == 0:
-            raise SourceError(f"{source.path} is empty: there is nothing to capture")
-    disks: list[SourceDisk] = []
-    for source, layout in zip(opened, read_layouts(opened), strict=True):
-        name = _disk_name(source, {disk.name for disk in disks})
-        disks.append(SourceDisk(name, source, layout, disk_identity(source.path)))
-    return disks
-
-
-def _disk_name(source: FileSource, taken: set[str]) -> str:
-    """``sda``, or a file's name without its ending, made unique."""
-    path = Path(source.path)
-    stem = _clean(path.name if source.is_device else path.stem)
-    candidates = [stem, *(f"{stem}-{n}" for n in range(2, len(taken) + 3))]
-    return next(name for name in candidates if name not in taken)
-
-
-def _image_name(name: str | None, disks: list[SourceDisk]) -> str:
-    from imager.errors import UsageError
-
-    if name is not None:
-        if _clean(name) != name or not name:
-            raise UsageError(f"--name {name}: letters, digits, dots, dashes, underscores only")
-        return name
-    return _clean(socket.gethostname()) if disks[0].source.is_device else disks[0].name
-
-
-def _clean(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text) or "disk"
-
-
-def _find_writers(paths: list[str], asked: str) -> list[str]:
-    """Who may be writing to the sources. Raises RefusedError unless that was asked for."""
-    from imager.deviceuse import uses_of
-    from imager.errors import RefusedError, UsageError
-
-    if asked not in ("auto", "offline", "none"):
-        raise UsageError(f"--consistency {asked}: it can be auto, offline or none")
-    writers = [
-        f"{path}: {use.device} is {use.description}"
-        for path in paths
-        for use in uses_of(path)
-        if use.writable and use.description != "in use as swap"
-    ]
-    if writers and asked != "none":
-        raise RefusedError(
-            writers,
-            hint="unmount it, or remount it read-only; --consistency none captures a disk that "
-            "changes meanwhile, at your own risk",
-        )
-    return writers
 
 
 def _open_or_make(flag: str | None, init: bool) -> Repository:
@@ -285,22 +176,8 @@ def _open_or_make(flag: str | None, init: bool) -> Repository:
     return Repository.open(url)
 
 
-def _warnings(disks: list[SourceDisk], repository: Repository, writers: list[str]) -> list[str]:
-    from imager.belonging import missing_members
-    from imager.cli.proving import unproved
-    from imager.deviceuse import device_numbers, disk_numbers_below
-
-    texts = missing_members(disks) + unproved(disks)
-    texts += [f"captured while it changed: {text}" for text in writers]
-    below = disk_numbers_below(Path(repository.store.url))
-    for disk in disks:
-        if disk.source.is_device and device_numbers(disk.source.path) & below:
-            texts.append(f"the repository lies on {disk.source.path}: lost with it when it fails")
-    return texts
-
-
 def _print_disk(document: dict[str, Any], layout: DiskLayout) -> None:
-    from imager.cli.proving import proof_lines
+    from imager.mapproof import proof_lines
     from imager.units import show_bytes
 
     identity, table = document["identity"], layout.table
@@ -356,7 +233,7 @@ def _print_capture(manifest: Manifest, json: bool) -> None:
         f"{counts['zero_blocks']} zero, {counts['unused_blocks']} unused"
     )
     for backup in backups_of(manifest):
-        print(f"  {backup.words()}")
+        print(f"  data {backup.words()}")
     for disk in manifest.disks:
         print(f"  {disk.name}: root {disk.root}")
         for extent in disk.unreadable:

@@ -101,10 +101,9 @@ def drop_old(
     """Forget what the rules of each entry leave out, but never what an image of the repository
     names. Returns what failed; a data backup is not less for it."""
     failures = []
-    paired = paired_snapshots(repository) if repository else set()
-    for entry in entries:
-        if entry.retention is None:
-            continue
+    ruled = [entry for entry in entries if entry.retention is not None]
+    paired = paired_snapshots(repository) if repository and ruled else set()
+    for entry in ruled:
         try:
             _drop_old(entry, paired, progress)
         except ImagerError as error:

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from imager import checkers
 from imager.allocation import AllocationMap, Filesystem, Membership
 from imager.checkers import CHECKERS, Opinion
-from imager.cli.proving import all_hold, proof_lines, unproved
 from imager.coverage import Holding, proof, prove_layouts
 from imager.coverage.files import Reading
 from imager.coverage.view import SparseView, ViewUnavailable
 from imager.extents import Extent, Extents
 from imager.layout import DiskLayout, Proof, Volume
+from imager.mapproof import all_hold, proof_lines, unproved
 from imager.partitions import PartitionTable
 from tests.support.commandline import imager
 from tests.support.sources import MemorySource, memory_disk

@@ -1,4 +1,4 @@
-"""The coverage proof on the command line: of the disks of a capture, and its results as text."""
+"""The coverage proof of the disks of a capture, and its results as text."""
 
 from __future__ import annotations
 
