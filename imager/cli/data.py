@@ -182,7 +182,7 @@ def _print_table(backups: list[DataBackup]) -> None:
         (
             backup.name,
             backup.engine,
-            _short(backup),
+            backup.shown_snapshot,
             "" if backup.size is None else show_bytes(backup.size),
             _age(backup.finished),
             "FAILED" if backup.error else "whole" if backup.whole else "NOT WHOLE",
@@ -194,12 +194,6 @@ def _print_table(backups: list[DataBackup]) -> None:
     for backup in backups:
         for text in filter(None, (backup.error, *backup.warnings)):
             print(f"  {backup.name}: {text}")
-
-
-def _short(backup: DataBackup) -> str:
-    """A snapshot as its tool shows it."""
-    snapshot = backup.snapshot or "-"
-    return snapshot[:8] if backup.engine == "restic" else snapshot
 
 
 def _age(text: str) -> str:
@@ -218,8 +212,12 @@ def _age(text: str) -> str:
 
 
 def _print_plan(plan: BringPlan) -> None:
-    print(f"bring back {plan.entry.name} ({plan.entry.engine} {plan.snapshot}) to {plan.target}")
-    for path in plan.entry.paths:
+    from imager.data.model import shown_snapshot
+
+    entry = plan.entry
+    snapshot = shown_snapshot(entry.engine, plan.snapshot)
+    print(f"bring back {entry.name} ({entry.engine} {snapshot}) to {plan.target}")
+    for path in entry.paths:
         print(f"  - {path}")
     for text in plan.overwrites:
         print(f"  overwrites in {text}")

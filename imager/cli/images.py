@@ -178,7 +178,7 @@ def _show_manifest(manifest: Manifest) -> None:
     for text in document.get("warnings", []):
         print(f"warning      {text}")
     for backup in backups_of(manifest):
-        print(f"             {backup.words()}")
+        print(f"{'data':<12} {backup.words()}")
     if manifest.partial:
         print("PARTIAL      some sectors could not be read, see below")
 

@@ -183,10 +183,14 @@ class DataBackup(JsonRecord):
     def words(self) -> str:
         """A line for people."""
         if self.snapshot is None:
-            return f"DATA BACKUP {self.name} ({self.engine}) FAILED: {self.error}"
+            return f"{self.name} ({self.engine}) FAILED: {self.error}"
         size = "" if self.size is None else f", {show_bytes(self.size)}"
         state = f", NOT WHOLE: {'; '.join(self.warnings)}" if self.warnings else ""
-        return f"data {self.name}: {self.engine} {self.snapshot}{size}, {self.finished}{state}"
+        return f"{self.name}: {self.engine} {self.shown_snapshot}{size}, {self.finished}{state}"
+
+    @property
+    def shown_snapshot(self) -> str:
+        return shown_snapshot(self.engine, self.snapshot)
 
 
 def backups_of(manifest: Manifest) -> list[DataBackup]:
@@ -195,6 +199,11 @@ def backups_of(manifest: Manifest) -> list[DataBackup]:
     if not isinstance(items, list):
         raise FormatError(f"image {manifest.id}: its data backups are not a list")
     return [DataBackup.from_json(item) for item in items]
+
+
+def shown_snapshot(engine: str, snapshot: str | None) -> str:
+    """As its tool shows it: restic the first eight digits."""
+    return "-" if snapshot is None else snapshot[:8] if engine == "restic" else snapshot
 
 
 def data_is_whole(manifest: Manifest) -> bool:
