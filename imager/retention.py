@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from imager.errors import ObjectMissing, UsageError
 from imager.manifest import Manifest
+from imager.proofs import latest_proofs
 from imager.repository import Repository
 
 
@@ -85,16 +86,20 @@ _PERIODS: dict[str, Callable[[datetime], object]] = {
 
 
 def judge(
-    snapshots: Iterable[Snapshot], rules: Rules, pinned: Collection[str] = ()
+    snapshots: Iterable[Snapshot],
+    rules: Rules,
+    pinned: Collection[str] = (),
+    proved: Collection[str] = (),
 ) -> list[Verdict]:
-    """A verdict on each, group by group, the newest first."""
+    """A verdict on each, group by group, the newest first. ``proved``: ids of those that were seen
+    booting."""
     groups = defaultdict(list)
     for snapshot in snapshots:
         groups[snapshot.group].append(snapshot)
     verdicts = []
     for key in sorted(groups):
         ordered = sorted(groups[key], key=lambda item: (item.created, item.id), reverse=True)
-        reasons = _reasons(ordered, rules, pinned)
+        reasons = _reasons(ordered, rules, pinned, proved)
         verdicts += [Verdict(item, tuple(reasons[item.id])) for item in ordered]
     return verdicts
 
@@ -111,7 +116,8 @@ def plan_prune(
         for manifest in repository.manifests()
         if name in (None, manifest.name) and host in (None, manifest.host)
     ]
-    return judge(snapshots, rules, repository.pins())
+    proved = {image_id for image_id, proof in latest_proofs(repository).items() if proof.proved}
+    return judge(snapshots, rules, repository.pins(), proved)
 
 
 def remove_images(repository: Repository, verdicts: Iterable[Verdict]) -> list[str]:
@@ -129,7 +135,7 @@ def prune(repository: Repository, rules: Rules, *, name: str, host: str) -> list
 
 
 def _reasons(
-    ordered: list[Snapshot], rules: Rules, pinned: Collection[str]
+    ordered: list[Snapshot], rules: Rules, pinned: Collection[str], proved: Collection[str]
 ) -> defaultdict[str, list[str]]:
     """Why each image of a group is kept; ``ordered`` from new to old."""
     reasons: defaultdict[str, list[str]] = defaultdict(list)
@@ -145,7 +151,11 @@ def _reasons(
             if len(seen) < (getattr(rules, rule) or 0) and period not in seen:
                 seen.add(period)
                 reasons[item.id].append(rule)
-    for item in [ordered[0], *[item for item in ordered if item.whole][:1]]:
-        if not reasons[item.id]:
-            reasons[item.id].append("newest" if item is ordered[0] else "newest whole")
+    for reason, found in {
+        "newest": ordered,
+        "newest whole": [item for item in ordered if item.whole],
+        "newest proved": [item for item in ordered if item.id in proved],
+    }.items():
+        if found and not reasons[found[0].id]:
+            reasons[found[0].id].append(reason)
     return reasons

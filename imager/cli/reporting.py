@@ -42,6 +42,8 @@ def report(
     from datetime import UTC, datetime
 
     from imager.errors import IntegrityError
+    from imager.jobs import replace_file
+    from imager.proofs import latest_proofs
     from imager.report.collect import collect
     from imager.report.page import render
     from imager.units import count_of
@@ -53,10 +55,14 @@ def report(
         now=datetime.now(UTC),
         name=name,
         compare=_pair(repository, compare),
+        proofs={
+            image_id: (proof.proved, proof.reason or proof.cause)
+            for image_id, proof in latest_proofs(repository).items()
+        },
         max_age=lambda its_name: limit,
         closer=closer,
     )
-    _write(file, render(found))
+    replace_file(file, render(found).encode())  # a reader may have the old one open
     images = sum(len(server.images) for server in found.servers)
     overdue = [server.name for server in found.servers if server.is_overdue(found.made)]
     unproved = [server.name for server in found.servers if server.proved is None]
@@ -85,20 +91,3 @@ def _pair(
     if texts is None:
         return None
     return find_image(repository, texts[0]), find_image(repository, texts[1])
-
-
-def _write(path: Path, page: str) -> None:
-    """All of it or nothing: a browser, or a web server's folder, may have the old one open."""
-    import os
-
-    from imager.errors import ImagerError
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            temporary.write_text(page, "utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ImagerError(f"cannot write {path}: {error.strerror}") from None

@@ -134,7 +134,9 @@ def test_command(folder: Path, tmp_path: Path) -> None:
     assert "3 servers, 42 images" in imager(*words).out
     assert not list(tmp_path.glob(".*"))
     assert imager(*words, "--name", "nobody", code=2).err
-    assert "cannot write" in imager("report", tmp_path / "no" / "x", "--repo", folder, code=1).err
+    (tmp_path / "no").touch()
+    words_to_file = ["report", tmp_path / "no" / "x", "--repo", folder]
+    assert "cannot be written" in imager(*words_to_file, code=1).err
     first, second = (item["id"] for item in imager("list", "--repo", folder, "--json").json[-2:])
     imager(*words, "--compare", first, second)
     assert f"Changed since <code>{first}</code>" in out.read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imager.errors import UsageError
+from imager.proofs import Evidence, Proof, store_proof
+from imager.repository import Repository
 from imager.retention import Rules, Snapshot, judge
 from tests.support.commandline import imager
 from tests.support.disks import make_random
@@ -68,6 +71,12 @@ def test_pinned_stay() -> None:
     assert kept(snapshots, Rules(last=1), snapshots[2].id) == [0, 2]
 
 
+def test_the_newest_proved_one_stays() -> None:
+    snapshots = hours(0, 1, 2, 3)
+    verdicts = judge(snapshots, Rules(last=1), (), {snapshots[2].id, snapshots[3].id})
+    assert [item.reasons for item in verdicts] == [("last",), (), ("newest proved",), ()]
+
+
 def test_the_newest_whole_one_stays() -> None:
     holes = [snapshot(timedelta(hours=age), whole=False) for age in (0, 1)]
     verdicts = judge([*holes, *hours(2, 3)], Rules(last=1), ())
@@ -112,6 +121,10 @@ def test_prune_on_the_command_line(tmp_path: Path) -> None:
     assert document["kept"] == {ids[2]: ["last"], ids[0]: ["pinned"]}
     left = [item["id"] for item in json.loads(imager("list", "--repo", repo, "--json").out)]
     assert left == [ids[0], ids[2]]
+    proof = Proof(image=ids[0], verdict="proved")
+    store_proof(Repository.open(str(repo)), proof, Evidence("login:"))
     imager("unpin", ids[0], "--repo", repo)
+    assert json.loads(imager(*words).out)["kept"] == {ids[2]: ["last"], ids[0]: ["newest proved"]}
+    store_proof(Repository.open(str(repo)), replace(proof, image=ids[2]), Evidence())
     assert json.loads(imager(*words).out)["removed"] == [ids[0]]
     assert "all sound" in imager("verify", "--repo", repo).out
