@@ -15,19 +15,21 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import NamedTuple, Self
 
+import zstandard
+
 from imager.blockmap import Run
 from imager.errors import ImagerError, IntegrityError, SourceError
 from imager.extents import Extents
-from imager.format import FANOUT, Place, RecordKind, State
+from imager.format import FANOUT, Entry, Place, RecordKind, State, digest_of
 from imager.manifest import Disk
-from imager.pack import Decoder, Pack, pack_name
+from imager.pack import Pack, pack_name
 from imager.pipeline import PerThread
 from imager.repository import Repository
 
 CACHE_BYTES = 64 << 20
 
 # Long enough for a disk or a web server to stream, short enough to be thrown away for nothing.
-_READ_AHEAD_BYTES = 4 << 20
+_READ_AHEAD_BYTES = 2 << 20
 
 # Several clients, or connections of one, read at so many places; the requests of one place may
 # overtake each other by so many blocks.
@@ -54,6 +56,7 @@ class BlockCache:
         """Is held by the callers of all methods."""
         self._blocks: OrderedDict[bytes, Future[bytes]] = OrderedDict()
         self._sizes: dict[bytes, int] = {}
+        self._passing: set[bytes] = set()
         self._bytes = 0
 
     def __contains__(self, digest: bytes) -> bool:
@@ -66,22 +69,33 @@ class BlockCache:
             self._blocks.move_to_end(digest)
         return found
 
-    def add(self, digest: bytes, size: int) -> Future[bytes]:
-        """A block that the caller will read."""
+    def add(self, digest: bytes, size: int, *, passing: bool) -> Future[bytes]:
+        """A block that the caller will read; ``passing``: likely to be wanted only once."""
         future: Future[bytes] = Future()
         self._blocks[digest] = future
         self._sizes[digest] = size
+        if passing:
+            self._passing.add(digest)
         self._bytes += size
         while self._bytes > self.capacity_bytes and len(self._blocks) > 1:
-            oldest, _ = self._blocks.popitem(last=False)
-            self._bytes -= self._sizes.pop(oldest)
+            self._forget(next(iter(self._blocks)))
         return future
+
+    def used_up(self, digest: bytes) -> None:
+        """One that was read to its end: if it came by read-ahead it is the next to go. So a stream
+        goes through a few buffers, and leaves alone what others read again."""
+        if digest in self._passing and digest in self._blocks:
+            self._blocks.move_to_end(digest, last=False)
 
     def drop(self, digest: bytes, future: Future[bytes]) -> None:
         """One that could not be read."""
         if self._blocks.get(digest) is future:
-            del self._blocks[digest]
-            self._bytes -= self._sizes.pop(digest)
+            self._forget(digest)
+
+    def _forget(self, digest: bytes) -> None:
+        del self._blocks[digest]
+        self._bytes -= self._sizes.pop(digest)
+        self._passing.discard(digest)
 
 
 class _Group(NamedTuple):
@@ -122,7 +136,7 @@ class ImageSource:
         self._unreadable = disk.unreadable
         self._map = repository.block_map(disk)
         self._lock = threading.Lock()
-        self._decoders = PerThread(Decoder)
+        self._decoders = PerThread(zstandard.ZstdDecompressor)
         self._cache = cache or BlockCache(cache_bytes)
         capacity = self._cache.capacity_bytes // disk.block_size
         self._read_ahead = max(min(_READ_AHEAD_BYTES // disk.block_size, capacity // 2), 1)
@@ -159,7 +173,7 @@ class ImageSource:
         while offset < end:
             number, start = divmod(offset, unit)
             stop = min(start + end - offset, unit)
-            yield _piece(self._block(number), start, stop)
+            yield _piece(self._block(number, to_end=stop == unit), start, stop)
             offset += stop - start
         if bad is not None:
             raise OSError(errno.EIO, f"byte {bad.offset} could not be read when it was imaged")
@@ -185,6 +199,9 @@ class ImageSource:
                         return None
                     content = future.result()
                 stop = min(start + end - offset, unit)
+                if run.place is not None and stop == unit:
+                    with self._cache.lock:
+                        self._cache.used_up(run.digest)
                 found.append(_piece(content, start, stop))
                 offset += stop - start
         return found
@@ -225,8 +242,8 @@ class ImageSource:
 
     # --- blocks ---
 
-    def _block(self, number: int) -> bytes | None:
-        """A block's content, None for zeros."""
+    def _block(self, number: int, *, to_end: bool) -> bytes | None:
+        """A block's content, None for zeros. ``to_end``: its end is read too."""
         while True:
             with self._lock:
                 run = self._run(number)
@@ -236,6 +253,8 @@ class ImageSource:
                     return None
                 with self._cache.lock:
                     found = self._cache.get(run.digest)
+                    if found is not None and to_end:
+                        self._cache.used_up(run.digest)
                 group = self._claim(run, run.place) if found is None else None
             if group is not None:
                 self._load(group)
@@ -248,12 +267,13 @@ class ImageSource:
         """Take it upon this thread to load a block, and those that follow when it's in order."""
         pack = self._repository.pack(place.pack)
         most = self._blocks_at_once(wanted.first)
+        unit = self._disk.block_size
         runs = [wanted]
         futures: list[Future[bytes]] = []
         with self._cache.lock:
             if wanted.digest in self._cache:  # another disk's source was quicker
                 return None
-            futures.append(self._cache.add(wanted.digest, self._disk.block_size))
+            futures.append(self._cache.add(wanted.digest, unit, passing=most > 1))
         while len(runs) < most:
             after = wanted.first + len(runs)
             if after >= self._disk.blocks:
@@ -264,7 +284,7 @@ class ImageSource:
             with self._cache.lock:
                 if run.digest in self._cache:
                     break
-                futures.append(self._cache.add(run.digest, self._disk.block_size))
+                futures.append(self._cache.add(run.digest, unit, passing=True))
             runs.append(run)
         self._places.append((wanted.first + len(runs), most))
         return _Group(pack, place.ordinal, runs, futures)
@@ -311,7 +331,7 @@ class ImageSource:
                 raise IntegrityError(f"has {entry.content_length} bytes instead of {length}")
             if raw is None:
                 raw, first = pack.read(ordinal, 1), ordinal
-            return self._decoders.get().decode(entry, pack.frame(raw, first, ordinal))
+            return _decode(self._decoders.get(), entry, pack.frame(raw, first, ordinal))
         except IntegrityError as error:
             raise IntegrityError(f"{where}: {error.message}") from None
 
@@ -340,6 +360,20 @@ class ImageSource:
         else:
             self._stretches.move_to_end(index)
         return stretch
+
+
+def _decode(decompressor: zstandard.ZstdDecompressor, entry: Entry, frame: memoryview) -> bytes:
+    """A block's content without a copy. Its digest vouches for it, so the frame's own checksum is
+    not looked at. Raises IntegrityError."""
+    try:
+        if zstandard.frame_content_size(frame) != entry.content_length:
+            raise IntegrityError("decompresses to another length")
+        content = decompressor.decompress(frame, allow_extra_data=False)
+    except (zstandard.ZstdError, MemoryError) as error:
+        raise IntegrityError(f"cannot be decompressed: {error}") from None
+    if len(content) != entry.content_length or digest_of(content) != entry.digest:
+        raise IntegrityError("the content does not match its digest")
+    return content
 
 
 def _is_data(run: Run) -> bool:
