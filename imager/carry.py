@@ -11,7 +11,6 @@ from imager.blockmap import BlockMap
 from imager.errors import IntegrityError
 from imager.format import Page, Place
 from imager.manifest import Disk, Manifest
-from imager.pack import pack_name
 from imager.repository import Repository
 from imager.store import ReadStore
 from imager.store.local import LocalStore
@@ -45,20 +44,27 @@ def objects_of(repository: Repository, manifests: Iterable[Manifest]) -> list[St
     """
     wanted = list(manifests)
     small = ["repository.json", *(f"manifests/{manifest.id}.json" for manifest in wanted)]
-    pages: dict[str, None] = {}
-    blocks: dict[str, None] = {}
+    pages: dict[bytes, None] = {}
+    blocks: dict[bytes, None] = {}
     for manifest in wanted:
         for disk in manifest.disks:
             recorder = _PageRecorder(repository, pages)
-            for pack in _block_packs(recorder, disk, repository):
-                blocks[pack_name(pack)] = None
-    large = pages | blocks
+            blocks |= dict.fromkeys(_block_packs(recorder, disk, repository))
+    page_names, block_names = (_object_names(repository, packs) for packs in (pages, blocks))
+    large = page_names | block_names
+    # where the records of a compacted pack are
+    small += [name for name in large if name.startswith("moved/")]
+    large = {name: None for name in large if name not in small}
     size = repository.store.size
     return [
         *(StoredObject(name, size(name), True) for name in dict.fromkeys(small)),
         # A plan reads the pages, a restore reads them again: they should not need another medium.
-        *(StoredObject(name, size(name), name in pages) for name in large),
+        *(StoredObject(name, size(name), name in page_names) for name in large),
     ]
+
+
+def _object_names(repository: Repository, packs: Iterable[bytes]) -> dict[str, None]:
+    return {name: None for pack in packs for name in repository.pack(pack).objects}
 
 
 def source_file(store: ReadStore, item: Sized, scratch: Path) -> Path:
@@ -92,12 +98,12 @@ def fetch(store: ReadStore, item: Sized, folder: Path) -> Path:
 class _PageRecorder:
     """A source of map pages that notes which packs they lie in."""
 
-    def __init__(self, repository: Repository, packs: dict[str, None]) -> None:
+    def __init__(self, repository: Repository, packs: dict[bytes, None]) -> None:
         self._repository = repository
         self._packs = packs
 
     def page(self, place: Place) -> Page:
-        self._packs[pack_name(place.pack)] = None
+        self._packs[place.pack] = None
         return self._repository.page(place)
 
 

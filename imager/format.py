@@ -11,6 +11,7 @@ import json
 import re
 import struct
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -365,6 +366,45 @@ class Page:
 
     @classmethod
     def decode(cls, content: bytes) -> Page:
+        at = PageColumns.of(content)
+        page = cls(
+            at.level,
+            content[at.states_at : at.digests_at],
+            tuple(
+                content[n : n + DIGEST_SIZE] for n in range(at.digests_at, at.packs_at, DIGEST_SIZE)
+            ),
+            tuple(
+                _place(at.packs, number, ordinal)
+                for number, ordinal in zip(at.numbers, at.ordinals, strict=True)
+            ),
+        )
+        page._check()
+        return page
+
+    def _check(self) -> None:
+        known = (0, 1, 2, 3) if self.level == 0 else (0, 1, 2)
+        for state, digest, place in zip(self.states, self.digests, self.places, strict=True):
+            if state not in known:
+                raise FormatError(f"map page: state {state} at level {self.level}")
+            if (state in (State.ZERO, State.UNUSED)) != (place is None):
+                raise FormatError("map page: a place is missing, or one too many")
+            if place is None and digest != NO_DIGEST:
+                raise FormatError("map page: a digest without a place")
+
+
+class PageColumns(NamedTuple):
+    """Where a page refers to, without an object for each entry: ``numbers`` count in ``packs``."""
+
+    level: int
+    states_at: int
+    digests_at: int
+    packs_at: int
+    packs: list[bytes]
+    numbers: array[int]
+    ordinals: array[int]
+
+    @classmethod
+    def of(cls, content: bytes) -> PageColumns:
         if len(content) < _PAGE.size:
             raise FormatError("map page: truncated")
         name, level, zero, count = _PAGE.unpack_from(content)
@@ -385,31 +425,21 @@ class Page:
         numbers, ordinals = array("H"), array("I")
         numbers.frombytes(content[numbers_at : numbers_at + 2 * count])
         ordinals.frombytes(content[numbers_at + 2 * count :])
-        page = cls(
+        return cls(
             level,
-            content[states_at:digests_at],
-            tuple(
-                content[at : at + DIGEST_SIZE] for at in range(digests_at, packs_at, DIGEST_SIZE)
-            ),
-            tuple(
-                _place(ids, number, ordinal)
-                for number, ordinal in zip(
-                    _little_endian(numbers), _little_endian(ordinals), strict=True
-                )
-            ),
+            states_at,
+            digests_at,
+            packs_at,
+            ids,
+            _little_endian(numbers),
+            _little_endian(ordinals),
         )
-        page._check()
-        return page
 
-    def _check(self) -> None:
-        known = (0, 1, 2, 3) if self.level == 0 else (0, 1, 2)
-        for state, digest, place in zip(self.states, self.digests, self.places, strict=True):
-            if state not in known:
-                raise FormatError(f"map page: state {state} at level {self.level}")
-            if (state in (State.ZERO, State.UNUSED)) != (place is None):
-                raise FormatError("map page: a place is missing, or one too many")
-            if place is None and digest != NO_DIGEST:
-                raise FormatError("map page: a digest without a place")
+    def places(self) -> Iterator[Place]:
+        """Those that its entries refer to. Raises FormatError."""
+        for number, ordinal in zip(self.numbers, self.ordinals, strict=True):
+            if (place := _place(self.packs, number, ordinal)) is not None:
+                yield place
 
 
 def _place(ids: list[bytes], number: int, ordinal: int) -> Place | None:

@@ -5,6 +5,9 @@ refers to are named in ``trash/``; from then on no capture shares them, and one 
 again before it commits. Delete: when the captures that were open at that time have ended, or were
 expired, the manifests are read again, and what they still don't refer to is deleted. A gc that is
 killed leaves a trash list, and the next one goes on with it.
+
+Packs that are mostly dead go the same way when that is asked for: condemned first, and when nothing
+can share them any more, the records that images use are written into new packs (`compact.py`).
 """
 
 from __future__ import annotations
@@ -12,17 +15,20 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from imager.compact import Moves, carry_out, compact, find_sparse
 from imager.errors import FormatError, ObjectExists, ObjectMissing
 from imager.format import seal, unseal
-from imager.manifest import new_document
+from imager.manifest import Manifest, new_document
+from imager.moved import moved_name
 from imager.pack import pack_name
 from imager.progress import Progress
 from imager.proofs import remove_orphans
-from imager.references import used_packs
+from imager.references import Usage, find_usage
 from imager.repository import Repository, TrashList, utc_now
 
 
@@ -36,59 +42,98 @@ class GcResult:
     condemned_bytes: int = 0
     expired: list[str] = field(default_factory=list)
     waiting_for: list[str] = field(default_factory=list)
+    compacted: list[bytes] = field(default_factory=list)
+    """Packs whose records were moved, or would be; ``compacted_bytes`` is what that frees."""
+    compacted_bytes: int = 0
     kept_packs: int = 0
 
     def to_json(self) -> dict[str, Any]:
         packs = {
             "deleted": [pack.hex() for pack in self.deleted],
             "condemned": [pack.hex() for pack in self.condemned],
+            "compacted": [pack.hex() for pack in self.compacted],
         }
         return vars(self) | packs
 
 
 def collect(
-    repository: Repository, progress: Progress, *, expire: bool = False, dry_run: bool = False
+    repository: Repository,
+    progress: Progress,
+    *,
+    expire: bool = False,
+    dry_run: bool = False,
+    below: float = 0,
 ) -> GcResult:
     """Finish what earlier runs condemned, condemn what is unused now, and delete it at once when
     no capture is open.
 
     ``expire``: end all open captures, which then fail when they come to commit; without it only
-    those whose process on this host has died. Raises ImagerError, and deletes nothing, when a
+    those whose process on this host has died. ``below``: compact packs of which images use a
+    smaller part than that, 0 for none. Raises ImagerError, and deletes nothing, when a
     manifest or map cannot be read: what it refers to is not known then.
     """
-    return _Collector(repository, progress, expire, dry_run).run()
+    return _Collector(repository, progress, expire, dry_run, below).run()
 
 
 class _Collector:
     def __init__(
-        self, repository: Repository, progress: Progress, expire: bool, dry_run: bool
+        self,
+        repository: Repository,
+        progress: Progress,
+        expire: bool,
+        dry_run: bool,
+        below: float,
     ) -> None:
         self._repository = repository
         self._store = repository.store
         self._progress = progress
         self._expire = expire
         self._dry_run = dry_run
+        self._below = below
         self._result = GcResult()
 
     def run(self) -> GcResult:
         self._end_dead_sessions()
         stored = set(self._repository.pack_ids())  # before the manifests: a pack comes first
-        unused = stored - self._used()
+        moved = self._repository.moved_ids()  # and what refers to it ended before it was moved
+        usage = self._usage()
+        unused = stored - usage.packs
+        sparse = self._sparse(stored - unused, usage)
         old = list(self._repository.trash())
-        new = unused.difference(*(trash.packs for trash in old))
+        new = (unused | sparse.keys()).difference(*(trash.packs for trash in old))
         self._result.kept_packs = len(stored) - len(unused)
         if self._dry_run:
             self._note_condemned(unused)
+            self._result.compacted += sorted(sparse)
+            self._result.compacted_bytes += sum(sparse.values())
             return self._result
         if new:
             old.append(self._condemn(new))
         self._finish(old)
+        for pack in moved - usage.packs:
+            with suppress(ObjectMissing):
+                self._store.delete(moved_name(pack))
         remove_orphans(self._repository, set(self._repository.image_ids()))
         self._store.clear_leftovers()
         return self._result
 
-    def _used(self) -> set[bytes]:
-        return used_packs(self._repository, self._repository.manifests())
+    def _usage(self) -> Usage:
+        """What all images use. What an earlier gc had decided to move is moved on the way."""
+        return find_usage(self._repository, self._images(), records=self._below > 0)
+
+    def _images(self) -> Iterator[Manifest]:
+        moves: list[Moves] = []
+        yield from self._repository.manifests(
+            on_other=lambda document: moves.extend(Moves.of(document))
+        )
+        for item in moves if not self._dry_run else ():
+            carry_out(self._repository, item)
+
+    def _sparse(self, packs: set[bytes], usage: Usage) -> dict[bytes, int]:
+        """Packs worth compacting, and the bytes that this frees."""
+        if not self._below:
+            return {}
+        return find_sparse(self._repository, packs, usage, self._below, self._progress)
 
     # --- captures that are under way ---
 
@@ -162,11 +207,21 @@ class _Collector:
         ready = [trash for trash in lists if not waiting[trash]]
         if not ready:
             return
-        used = self._used()  # again, and after the sessions: an ended capture has committed
+        usage = self._usage()  # again, and after the sessions: an ended capture has committed
+        condemned = frozenset().union(*(trash.packs for trash in ready))
+        self._delete(condemned - usage.packs)
+        self._compact(condemned & usage.packs, usage, {trash.name for trash in ready})
         for trash in ready:
-            self._delete(trash.packs - used)
             with suppress(ObjectMissing):
                 self._store.delete(trash.name)
+
+    def _compact(self, packs: frozenset[bytes], usage: Usage, lists: set[str]) -> None:
+        """Move what images use of these condemned packs; ``lists`` are those that say so."""
+        sparse = self._sparse(set(packs & set(self._repository.pack_ids())), usage)
+        if sparse:
+            done = compact(self._repository, sorted(sparse), usage, lists, self._progress)
+            self._result.compacted += done
+            self._result.compacted_bytes += sum(sparse[pack] for pack in done)
 
     def _delete(self, packs: frozenset[bytes]) -> None:
         for pack in sorted(packs):

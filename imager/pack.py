@@ -11,9 +11,10 @@ from typing import NamedTuple, Self
 
 import zstandard
 
-from imager.errors import FormatError, ImagerError, IntegrityError
+from imager.errors import FormatError, ImagerError, IntegrityError, ObjectMissing
 from imager.format import (
     HEADER_LENGTH,
+    NO_DIGEST,
     PACK_ID_SIZE,
     RECORD_HEADER_LENGTH,
     TRAILER_LENGTH,
@@ -32,6 +33,7 @@ from imager.format import (
     table_digest,
     table_length,
 )
+from imager.moved import moved_name, read_moved
 from imager.store import ReadStore, WriteStore
 
 # Large enough for a disk or an object store to stream, small enough to send again.
@@ -113,31 +115,107 @@ class Decoder:
         return bytes(target)
 
 
+# A pack that was moved to one that was moved, and so on; more than this is a lie.
+_MAX_MOVES = 64
+
+
 class Pack:
     """A pack to read from: its table is checked on opening, its records when they are decoded.
 
-    Raises ObjectMissing, FormatError or UnsupportedError, each naming the pack.
+    One that was compacted, before or after it was opened, is read from where its records are now;
+    those that are gone have no frame (``is_gone``). Raises ObjectMissing, FormatError or
+    UnsupportedError, each naming the pack.
     """
 
-    def __init__(self, store: ReadStore, pack_id: bytes) -> None:
+    def __init__(self, store: ReadStore, pack_id: bytes, *, moves: int = 0) -> None:
+        """``moves``: how many packs led to this one."""
         self.id = pack_id
         self.name = pack_name(pack_id)
         self._store = store
-        self.length = store.size(self.name)
+        self._moves = moves
+        self._elsewhere: dict[int, tuple[Pack, int]] | None = None
         try:
+            self.length = store.size(self.name)
             self.kind, self.entries = self._read_table()
+        except ObjectMissing as missing:
+            self._elsewhere, records = self._follow(missing)
+            self.kind, self.entries = _moved_table(self._elsewhere, records)
+            self.length = record_offsets(self.entries)[-1] + table_length(records) + TRAILER_LENGTH
         except FormatError as error:
             raise FormatError(f"{store.url}/{self.name}: {error.message}") from None
         self.offsets: array[int] = record_offsets(self.entries)
 
+    @property
+    def is_moved(self) -> bool:
+        return self._elsewhere is not None
+
+    def is_gone(self, ordinal: int) -> bool:
+        return not self.entries[ordinal].frame_length
+
+    @property
+    def objects(self) -> tuple[str, ...]:
+        """Names of all objects that it is read from."""
+        if self._elsewhere is None:
+            return (self.name,)
+        below = {pack.id: pack for pack, _ in self._elsewhere.values()}
+        return (moved_name(self.id), *(name for pack in below.values() for name in pack.objects))
+
     def read(self, first: int, count: int) -> bytes:
         """The bytes of ``count`` neighbouring records, from the first one's header on."""
+        if self._elsewhere is None:
+            try:
+                return self._read_here(first, count)
+            except ObjectMissing as missing:
+                self._elsewhere, _ = self._follow(missing)
+        return self._read_elsewhere(self._elsewhere, first, count)
+
+    def _read_here(self, first: int, count: int) -> bytes:
         start = self.offsets[first]
         length = self.offsets[first + count] - start
         content = self._store.read(self.name, start, length)
         if len(content) != length:
             raise IntegrityError(f"{self._store.url}/{self.name} is truncated")
         return content
+
+    def _follow(self, missing: ObjectMissing) -> tuple[dict[int, tuple[Pack, int]], int]:
+        """Where each record is now that the pack is missing, and how many it had."""
+        where = f"{self._store.url}/{moved_name(self.id)}"
+        if self._moves >= _MAX_MOVES:
+            raise FormatError(f"{where}: packs that were moved go round in a circle")
+        try:
+            moved = read_moved(self._store, self.id)
+        except ObjectMissing:
+            raise missing from None
+        packs = {
+            pack: Pack(self._store, pack, moves=self._moves + 1) for pack in sorted(moved.targets())
+        }
+        found = {}
+        for n, (pack_id, ordinal) in moved.places():
+            pack = packs[pack_id]
+            if ordinal >= len(pack.entries):
+                raise FormatError(f"{where}: {pack.name} has no record {ordinal}")
+            if not pack.is_gone(ordinal):  # since that was moved too
+                found[n] = pack, ordinal
+        if not found or len({pack.kind for pack in packs.values()}) != 1:
+            raise FormatError(f"{where}: it leads nowhere, or to packs of two kinds")
+        return found, moved.records
+
+    def _read_elsewhere(
+        self, elsewhere: dict[int, tuple[Pack, int]], first: int, count: int
+    ) -> bytes:
+        """As if they still lay here; zeros for what is gone."""
+        parts: list[bytes | memoryview] = []
+        for ordinal in range(first, first + count):
+            entry = self.entries[ordinal]
+            parts.append(encode_record_header(ordinal, entry))
+            pack, there = elsewhere.get(ordinal, (None, 0))
+            if pack is None:
+                parts.append(bytes(entry.frame_length))
+            elif pack.entries[there] != entry:
+                raise IntegrityError(f"{self._store.url}/{self.name}: record {ordinal} is lost")
+            else:
+                parts.append(pack.frame(pack.read(there, 1), there, there))
+        return b"".join(parts)
 
     def frame(self, content: bytes | memoryview, first: int, ordinal: int) -> memoryview:
         """One record's zstd frame within what ``read(first, …)`` returned."""
@@ -166,6 +244,21 @@ class Pack:
         if record_offsets(entries)[-1] != trailer.table_offset:
             raise FormatError("its records do not fit its length")
         return decoded.kind, entries
+
+
+def _moved_table(
+    elsewhere: dict[int, tuple[Pack, int]], records: int
+) -> tuple[PackKind, list[Entry]]:
+    """The table that a moved pack had, as far as its records are still there."""
+    kind = next(pack.kind for pack, _ in elsewhere.values())
+    gone = Entry(NO_DIGEST, 0, 0, 0, _KIND_WITHIN[kind])
+    entries = [gone] * records
+    for ordinal, (pack, there) in elsewhere.items():
+        entries[ordinal] = pack.entries[there]
+    return kind, entries
+
+
+_KIND_WITHIN = {PackKind.DATA: RecordKind.BLOCK, PackKind.MAP: RecordKind.PAGE}
 
 
 class PackWriter:
@@ -230,6 +323,8 @@ class Packer:
         self._current: PackWriter | None = None
         self._number = 0
         self.bytes_written = 0
+        self.bytes_begun = 0
+        """Of all records so far, whether or not their packs are complete."""
         self.pack_ids: set[bytes] = set()
 
     def __enter__(self) -> Self:
@@ -241,6 +336,7 @@ class Packer:
             self._number += 1
             self.pack_ids.add(self._current.id)
         place = self._current.append(record)
+        self.bytes_begun += len(record.frame)
         if self._current.length >= self._target_size or place.ordinal + 1 >= _PACK_MAX_RECORDS:
             self._finish_current()
         return place

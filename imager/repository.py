@@ -34,6 +34,7 @@ from imager.format import (
     unseal,
 )
 from imager.manifest import Disk, Manifest, new_document
+from imager.moved import moved_ids
 from imager.pack import Decoder, Pack, pack_name
 from imager.store import WriteStore, open_store
 
@@ -85,6 +86,14 @@ class TrashList:
         packs = frozenset(pack_id_bytes(text) for text in document.get("packs", []))
         sessions = document.get("sessions")
         return cls(name, packs, None if sessions is None else frozenset(sessions))
+
+
+class NoImage(ObjectMissing):
+    """There is something by that name, but no image; ``document`` is what it says."""
+
+    def __init__(self, message: str, document: dict[str, Any]) -> None:
+        super().__init__(message, hint="see: imager list")
+        self.document = document
 
 
 class Repository:
@@ -160,7 +169,9 @@ class Repository:
             ) from None
         document = unseal(content, where)
         if document.get("kind") == "aborted":
-            raise ObjectMissing(f"the capture {image_id} was expired by a gc: it is no image")
+            raise NoImage(f"the capture {image_id} was expired by a gc: it is no image", document)
+        if document.get("kind") == "moves":
+            raise NoImage(f"{image_id} is of a gc that compacted packs: it is no image", document)
         manifest = Manifest.from_document(document, where)
         if manifest.id != image_id:
             raise FormatError(f"{where} holds the manifest of another image, {manifest.id}")
@@ -169,12 +180,19 @@ class Repository:
         return manifest
 
     def manifests(
-        self, on_damage: Callable[[IntegrityError], object] | None = None
+        self,
+        on_damage: Callable[[IntegrityError], object] | None = None,
+        on_other: Callable[[dict[str, Any]], object] | None = None,
     ) -> Iterator[Manifest]:
-        """All images, oldest first. Damaged manifests are raised, or given to ``on_damage``."""
+        """All images, oldest first. Damaged manifests are raised, or given to ``on_damage``;
+        documents that lie among them and are no images are given to ``on_other``."""
         for image_id in self.image_ids():
             try:
                 manifest = self.manifest(image_id)
+            except NoImage as other:
+                if on_other is not None:
+                    on_other(other.document)
+                continue
             except ObjectMissing:
                 continue  # removed meanwhile, or a capture that a gc expired
             except IntegrityError as error:
@@ -328,6 +346,14 @@ class Repository:
             )
         return content
 
+    def page_content(self, place: Place) -> bytes:
+        """A map page as it is stored. Errors as in ``page``."""
+        return self._read_record(place, RecordKind.PAGE)
+
+    def moved_ids(self) -> set[bytes]:
+        """Ids of the packs that were compacted."""
+        return set(moved_ids(self.store.names("moved")))
+
     def _read_page(self, place: Place) -> Page:
         content = self._read_record(place, RecordKind.PAGE)
         try:
@@ -372,6 +398,8 @@ class Repository:
             except ImagerError as error:
                 stored.damaged.append(error.message)
                 continue
+            if pack.is_moved:
+                continue  # meanwhile: its records are in other packs of the list
             stored.packs.add(pack_id)
             stored.index.reserve(len(pack.entries))
             for ordinal, entry in enumerate(pack.entries):

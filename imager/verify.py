@@ -103,7 +103,7 @@ class _Verifier:
 
     def run_all(self) -> VerifyResult:
         """All images, all packs, and the other sealed documents."""
-        for folder in ("sessions", "trash"):
+        for folder in ("sessions", "trash", "moved"):
             for name in self._repository.store.names(folder):
                 self._check_document(name)
         return self.run(self._repository.image_ids(), self._repository.pack_ids())
@@ -182,9 +182,13 @@ class _Verifier:
         for pack in filter(None, map(self._open_pack, pack_ids)):
             first = 0
             while first < len(pack.entries):
+                if pack.is_gone(first):
+                    first += 1
+                    continue
                 end = first + 1
                 while (
                     end < len(pack.entries)
+                    and not pack.is_gone(end)
                     and pack.offsets[end + 1] - pack.offsets[first] <= self._group_size
                 ):
                     end += 1
@@ -196,7 +200,9 @@ class _Verifier:
         pack, faults, content_bytes = group.pack, [], 0
         end = group.first + group.records
         stored_bytes = pack.offsets[end] - pack.offsets[group.first]
-        if end == len(pack.entries):  # its header, table and trailer are checked already
+        if pack.is_moved:
+            stored_bytes = 0  # counted where the records are now
+        elif end == len(pack.entries):  # its header, table and trailer are checked already
             stored_bytes += pack.length - (pack.offsets[-1] - pack.offsets[0])
         try:
             content = pack.read(group.first, group.records)

@@ -501,15 +501,36 @@ class Repository:
         return found[0]
 
     def pack(self, pack_id: str) -> Pack:
-        require(bool(re.fullmatch(r"[0-9a-f]{32}", pack_id)), f"{pack_id}: no id of a pack")
         if pack_id not in self.packs:
-            path = self.root / "packs" / pack_id[:2] / f"{pack_id}.pack"
-            self.packs[pack_id] = Pack(path, pack_id, self.digests)
+            self.packs[pack_id] = Pack(self.pack_path(pack_id), pack_id, self.digests)
         return self.packs[pack_id]
 
     def record(self, place: tuple[str, int], kind: int, limit: int) -> tuple[Entry, bytes]:
         pack_id, ordinal = place
-        return self.pack(pack_id).record(ordinal, kind, limit)
+        for _ in range(64):
+            if pack_id in self.packs or self.pack_path(pack_id).exists():
+                return self.pack(pack_id).record(ordinal, kind, limit)
+            pack_id, ordinal = self.moved(pack_id, ordinal)
+        raise BadFormat(f"{place}: moved packs go round in a circle")
+
+    def pack_path(self, pack_id: str) -> Path:
+        require(bool(re.fullmatch(r"[0-9a-f]{32}", pack_id)), f"{pack_id}: no id of a pack")
+        return self.root / "packs" / pack_id[:2] / f"{pack_id}.pack"
+
+    def moved(self, pack_id: str, ordinal: int) -> tuple[str, int]:
+        """Where a record of a pack that was compacted is now."""
+        path = self.root / "moved" / f"{pack_id}.json"
+        require(path.is_file(), f"pack {pack_id}: missing")
+        document = read_sealed(path)
+        require(document["kind"] == "moved" and document["pack"] == pack_id, f"{path}: of another")
+        end = 0
+        for first, length, there, start in document["runs"]:
+            require(end <= first and length > 0, f"{path}: runs out of order")
+            end = first + length
+            require(end <= document["records"], f"{path}: a run past the end")
+            if first <= ordinal < end:
+                return there, start + ordinal - first
+        raise BadFormat(f"pack {pack_id}: record {ordinal} is gone")
 
 
 # --- salvage --------------------------------------------------------------------------------------

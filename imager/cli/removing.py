@@ -94,7 +94,8 @@ def prune(
 ) -> None:
     """Remove images that no rule keeps; each name, host and set of disks is judged by itself.
 
-    Pinned images stay, and the newest of each group and its newest without holes.
+    Pinned images stay, and of each group the newest, the newest without holes and the newest
+    that was proved.
     """
     from imager.cli.asking import confirm
     from imager.retention import Rules, plan_prune, remove_images
@@ -124,6 +125,12 @@ def gc(
         bool,
         typer.Option(help="End captures that are open: they fail when they come to their end."),
     ] = False,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="Write packs anew of which images use little.")
+    ] = False,
+    below: Annotated[
+        float, typer.Option(metavar="PART", help="What --compact calls little: 0.5 is a half.")
+    ] = 0.5,
     repo: RepoOption = None,
     json: JsonOption = False,
     progress: ProgressOption = "auto",
@@ -133,11 +140,16 @@ def gc(
     Captures that are under way have to end first; then a second gc deletes what this one marked.
     """
     from imager.cli.bars import open_progress
+    from imager.errors import UsageError
     from imager.gc import collect
 
+    if not 0 < below <= 1:
+        raise UsageError(f"--below {below}: it must be more than 0 and not more than 1")
     repository = open_repository(repo)
     with open_progress(progress) as shown:
-        result = collect(repository, shown, expire=expire, dry_run=dry_run)
+        result = collect(
+            repository, shown, expire=expire, dry_run=dry_run, below=below if compact else 0
+        )
     if json:
         print_json(result.to_json())
     else:
@@ -168,11 +180,16 @@ def _print_result(result: GcResult, dry_run: bool) -> None:
     from imager.units import count_of, show_bytes
 
     condemned = f"{count_of(len(result.condemned), 'pack')}, {show_bytes(result.condemned_bytes)}"
+    compacted = f"{count_of(len(result.compacted), 'pack')}, {show_bytes(result.compacted_bytes)}"
     if dry_run:
         print(f"unused: {condemned}; {count_of(result.kept_packs, 'pack')} in use")
+        if result.compacted:
+            print(f"to be compacted: {compacted} would be freed")
         return
     deleted = f"{count_of(len(result.deleted), 'pack')}, {show_bytes(result.deleted_bytes)}"
     print(f"deleted: {deleted}; {count_of(result.kept_packs, 'pack')} in use")
+    if result.compacted:
+        print(f"compacted: {compacted} freed")
     if result.waiting_for:
         print(f"newly marked: {condemned}")
         print(f"captures that have to end first: {', '.join(result.waiting_for)}")

@@ -23,7 +23,7 @@ LAYERS = {
     "formats": "config format initramfs marker mbr partitiontypes",
     "devices": "acceleration allocation blocksource contents deviceuse diskidentity fingerprint "
     "firmware gpt growfs loopdevice partitions reading store tableedit target",
-    "repository": "blockindex blockmap layout manifest pack repository",
+    "repository": "blockindex blockmap layout manifest moved pack repository",
     "engines": "belonging capture diff diskmap plan restore verify",
     "command line": "cli __main__",
 }
