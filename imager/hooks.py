@@ -75,7 +75,7 @@ def _config_file() -> Path:
 
 def _from_table(values: Mapping[str, Any]) -> Iterator[Hook]:
     if values:
-        _check_owner(_config_file())
+        check_owner(_config_file())
     for name, item in values.items():
         where = f"{_config_file()}: [hooks.{name}]"
         if not isinstance(item, dict) or not _NAME.match(name):
@@ -111,14 +111,15 @@ def _from_folder() -> Iterator[Hook]:
     except OSError as error:
         raise UsageError(f"{folder} cannot be read: {error.strerror}") from None
     if files:
-        _check_owner(folder)
+        check_owner(folder)
     for file in files:
         if file.is_file() and os.access(file, os.X_OK):
-            _check_owner(file)
+            check_owner(file)
             yield Hook(file.name, {point: (str(file), point) for point in POINTS})
 
 
-def _check_owner(path: Path) -> None:
+def check_owner(path: Path) -> None:
+    """Raises UsageError when somebody else could change a file that names commands."""
     status = path.stat()
     if status.st_uid not in (0, os.geteuid()) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise UsageError(

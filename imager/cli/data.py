@@ -197,18 +197,16 @@ def _print_table(backups: list[DataBackup]) -> None:
 
 
 def _age(text: str) -> str:
-    """Of a UTC time, in the largest unit that gives two digits or so."""
+    """Of a UTC time."""
     from datetime import UTC, datetime
+
+    from imager.units import show_age
 
     try:
         then = datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
     except ValueError:
         return "?"
-    seconds = max(int((datetime.now(UTC) - then).total_seconds()), 0)
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds // length} {unit}"
-    return f"{seconds} s"
+    return show_age(max(int((datetime.now(UTC) - then).total_seconds()), 0))
 
 
 def _print_plan(plan: BringPlan) -> None:

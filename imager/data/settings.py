@@ -15,6 +15,7 @@ from imager.data.engines import OWN
 from imager.data.model import DataEntry, Password
 from imager.errors import UsageError
 from imager.exclusion import check_names
+from imager.hooks import check_owner
 from imager.retention import Rules
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
@@ -34,7 +35,10 @@ def load_entries(root: Path = Path("/")) -> list[DataEntry]:
         return []
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} can't be read: {error}") from None
-    return read_entries(table, str(path), root)
+    entries = read_entries(table, str(path), root)
+    if entries:
+        check_owner(path)
+    return entries
 
 
 def has_configuration(root: Path) -> bool:

@@ -186,6 +186,8 @@ def test_configurations_that_are_refused(server: Server, repo: Path) -> None:
         '[[data]]\nname="a"\nengine="command"\nbackup=["x"]\npahts=["/"]'
     )
     assert "no engine stone" in imager_failure(server, repo)
+    server.config.chmod(0o666)
+    assert "others could change it" in imager("data", "run", "--repo", repo, code=2).err
 
 
 def imager_failure(server: Server, repo: Path) -> str:
