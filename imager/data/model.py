@@ -13,15 +13,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from imager.errors import FormatError, UsageError
 from imager.jsonrecord import JsonRecord
 from imager.manifest import Manifest
 from imager.process import find_tool
 from imager.progress import Progress
-from imager.retention import Rules
 from imager.units import show_bytes
+
+if TYPE_CHECKING:
+    from imager.retention import Rules  # which looks at the data backups of images
 
 _PROGRAM_FOLDERS = ("usr/local/sbin", "usr/local/bin", "usr/sbin", "usr/bin", "sbin", "bin")
 _SECRET_IN_URL = re.compile(r"(?<=://)([^/@:\s]*):[^/@\s]*@")
