@@ -53,9 +53,12 @@ class ImageVolume:
         """As the kernel names its device: sda2, nvme0n1p2, and below /dev/mapper vg-root."""
         if self.disk is None:
             return "-".join(part.replace("-", "--") for part in self.name.split("/"))
-        if self.number is None:
-            return self.disk
-        return f"{self.disk}{'p' * self.disk[-1:].isdigit()}{self.number}"
+        return self.disk if self.number is None else partition_name(self.disk, self.number)
+
+
+def partition_name(disk: str, number: int) -> str:
+    """As the kernel's: sda2, nvme0n1p2."""
+    return f"{disk}{'p' * disk[-1:].isdigit()}{number}"
 
 
 class Address(NamedTuple):

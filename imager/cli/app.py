@@ -10,6 +10,7 @@ from imager import __version__
 from imager.cli import (
     booting,
     data,
+    files,
     guarding,
     images,
     media,
@@ -19,6 +20,7 @@ from imager.cli import (
     reporting,
     restoring,
     scheduling,
+    serving,
     sources,
     verifying,
 )
@@ -66,6 +68,7 @@ app.command("rollback")(guarding.rollback)
 app.command("guard")(guarding.guard)
 app.command("mount")(mounting.mount)
 app.command("umount")(mounting.umount)
+app.command("serve")(serving.serve)
 app.command("prove")(booting.prove)
 app.command("boot")(booting.boot)
 app.command("commit")(booting.commit)
@@ -77,6 +80,7 @@ app.command("gc")(removing.gc)
 app.command("report")(reporting.report)
 app.command("status")(scheduling.status)
 app.add_typer(scheduling.app, name="schedule")
+app.add_typer(files.app, name="files")
 app.add_typer(repo.app, name="repo")
 app.add_typer(media.app, name="media")
 app.add_typer(data.app, name="data")

@@ -49,11 +49,7 @@ class ImageServer:
         if isinstance(exports, Mapping):
             exports = [Export(name, source) for name, source in exports.items()]
         self._exports = {export.name: export for export in exports}
-        if isinstance(address, TcpAddress) and not address.is_local and tls is None:
-            raise UsageError(
-                f"{address} can be reached from other machines, so it needs TLS",
-                hint="name a certificate, or listen at 127.0.0.1 or a Unix socket",
-            )
+        _check_safety(address, tls)
         self._tls = tls
         self._on_error = on_error or _log
         self._listener = listen(address)
@@ -148,6 +144,17 @@ class ImageServer:
         with self._lock:
             self._clients.pop(connection, None)
             connection.close()
+
+
+def _check_safety(address: Address, tls: ssl.SSLContext | None) -> None:
+    if isinstance(address, Path) or address.is_local:
+        return
+    if tls is None or tls.verify_mode != ssl.CERT_REQUIRED:
+        raise UsageError(
+            f"{address} can be reached from other machines, so it needs TLS with client "
+            "certificates",
+            hint="name them (--tls-certificate, --tls-clients), or listen at 127.0.0.1",
+        )
 
 
 def _bound(address: Address, listener: socket.socket) -> Address:
