@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 
+from imager.data.model import DataBackup, backups_of
 from imager.diff import diff
 from imager.diskmap import make_disk_map
 from imager.errors import ImagerError, UsageError
@@ -62,8 +63,9 @@ def collect(
         its_name: tuple(_details(repository, before, newest, damaged))
         for its_name, (before, newest) in pairs.items()
     }
+    data = {its_name: _data_backups(newest, damaged) for its_name, (_, newest) in pairs.items()}
     left_out = sum(server.name not in details for server in servers)
-    return Report(repository.store.url, now, servers, details, damaged, left_out)
+    return Report(repository.store.url, now, servers, details, damaged, left_out, data)
 
 
 def _facts(manifest: Manifest, pinned: bool, proof: tuple[bool, str] | None) -> ImageFacts:
@@ -101,6 +103,14 @@ def _details(
             damaged.append(f"{newest.id}/{disk.name}: {error.message}")
             continue
         yield DiskDetail(disk, drawn, before.id if other else None, changed)
+
+
+def _data_backups(manifest: Manifest, damaged: list[str]) -> list[DataBackup]:
+    try:
+        return backups_of(manifest)
+    except ImagerError as error:
+        damaged.append(error.message)
+        return []
 
 
 def _changed(repository: Repository, before: Disk, disk: Disk) -> tuple[Changed, ...]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
+from imager.data.model import DataBackup
 from imager.diskmap import DiskMap
 from imager.manifest import Disk
 
@@ -89,3 +90,5 @@ class Report:
     details: dict[str, tuple[DiskDetail, ...]]
     damaged: Sequence[str]
     left_out: int
+    data: Mapping[str, Sequence[DataBackup]] = field(default_factory=dict)
+    """Of the newest image of each server that is looked at closer: its data backups."""

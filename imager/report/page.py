@@ -5,11 +5,12 @@ Everything that comes from a repository is escaped, and the page's own policy le
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from html import escape
 from importlib.resources import files
 
+from imager.data.model import DataBackup
 from imager.report.model import DiskDetail, ImageFacts, Report, Server
 from imager.report.pictures import disk_picture, legend, timeline
 from imager.units import count_of, show_bytes
@@ -181,6 +182,7 @@ def _closer(report: Report) -> Iterator[str]:
             yield f"<summary>{escape(server.name)}</summary>\n"
             for detail in report.details[server.name]:
                 yield from _disk(detail)
+            yield from _data(report.data.get(server.name, ()), report.made)
             yield from _images(server)
             yield "</details>\n"
 
@@ -203,6 +205,30 @@ def _disk(detail: DiskDetail) -> Iterator[str]:
         yield f'<tr><td>{escape(item.where)}</td><td class="number">'
         yield f"{show_bytes(item.length)}</td></tr>\n"
     yield "</tbody></table>\n"
+
+
+def _data(backups: Sequence[DataBackup], now: datetime) -> Iterator[str]:
+    """What was backed up beside the newest image, so that the age of each half is seen."""
+    if not backups:
+        return
+    yield '<table class="narrow"><caption>Data backups of the newest image</caption><thead><tr>'
+    yield "".join(f'<th scope="col">{title}</th>' for title in ("Data", "By", "Age", "State"))
+    yield "</tr></thead><tbody>\n"
+    for backup in backups:
+        state = '<span class="good">whole</span>'
+        if not backup.whole:
+            words = backup.error or "; ".join(backup.warnings)
+            state = f'<span class="bad">{escape(words)}</span>'
+        yield f"<tr><td>{escape(backup.name)}</td><td>{escape(backup.engine)}</td>"
+        yield f"<td>{_data_age(backup, now)}</td><td>{state}</td></tr>\n"
+    yield "</tbody></table>\n"
+
+
+def _data_age(backup: DataBackup, now: datetime) -> str:
+    try:
+        return _span(now - datetime.fromisoformat(backup.finished))
+    except (ValueError, TypeError):
+        return "unknown"
 
 
 def _images(server: Server) -> Iterator[str]:

@@ -51,7 +51,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         again(repository, first["image"], id=id_, created=f"{day:%Y-%m-%dT%H:%M:%SZ}")
     changes = {"name": "db", "partial": True, "created": "2026-02-01T00:00:00Z", "host": "db.local"}
     again(repository, first["image"], id="20260201t000000z-00000000", **changes)
+    data = [
+        {"name": "mail", "engine": "restic", "snapshot": "1", "finished": "2026-02-27T00:00:00Z"},
+        {"name": NASTY, "engine": NASTY, "error": NASTY, "finished": NASTY},
+    ]
     changes = {"name": NASTY, "note": NASTY, "created": "2026-02-28T00:00:00Z", "host": NASTY}
+    changes |= {"data": data}
     again(repository, first["image"], id="20260228t000000z-00000000", **changes)
     repository.pin("20260228t000000z-00000000", "kept")
     return repo
@@ -88,6 +93,7 @@ def test_what_it_finds(found: Report) -> None:
     assert [(item.where, item.length) for item in detail.changed] == [
         ("the unknown filesystem", 256 * KIB)
     ]
+    assert [backup.name for backup in found.data[NASTY]] == ["mail", NASTY]
     assert not found.damaged and not found.left_out
 
 
@@ -140,6 +146,14 @@ def test_command(folder: Path, tmp_path: Path) -> None:
     first, second = (item["id"] for item in imager("list", "--repo", folder, "--json").json[-2:])
     imager(*words, "--compare", first, second)
     assert f"Changed since <code>{first}</code>" in out.read_text()
+
+
+def test_data_backups(found: Report) -> None:
+    text = render(dataclasses.replace(found, made=NOW))
+    assert text.count("Data backups of the newest image") == 1
+    (row,) = re.findall("<tr><td>mail</td>.*?</tr>", text)
+    age = NOW - datetime(2026, 2, 27, tzinfo=UTC)
+    assert f"<td>{age.days} days</td>" in row and "whole" in row
 
 
 def test_damage_is_told(folder: Path, tmp_path: Path) -> None:
