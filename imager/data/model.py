@@ -113,7 +113,7 @@ class Place:
             return str(path)
         if not path.is_relative_to(self.root):
             raise UsageError(f"{path} is not below {self.root}, where the program runs")
-        return f"/{path.relative_to(self.root)}"
+        return str(Path("/") / path.relative_to(self.root))
 
 
 def has_program(root: Path, name: str) -> bool:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,8 @@ SECONDS = 120.0
 @pytest.fixture
 def scratch() -> Iterator[Path]:
     """Servers run as users of their own, whom pytest's folders don't let in."""
-    with tempfile.TemporaryDirectory(prefix="imager-example-", dir="/var/tmp") as name:
+    options: dict[str, Any] = {"dir": "/var/tmp", "ignore_cleanup_errors": True}
+    with tempfile.TemporaryDirectory(prefix="imager-example-", **options) as name:
         folder = Path(name)
         folder.chmod(0o755)
         yield folder
@@ -211,7 +213,9 @@ class MailServer:
             try:
                 yield
             finally:
+                pid = (self.scratch / "run/master.pid").read_text().strip()
                 run([*dovecot, "stop"], timeout_seconds=SECONDS)
+                wait_for("the end of Dovecot", lambda: not Path(f"/proc/{pid}").exists())
         finally:
             run([*postfix, "stop"], timeout_seconds=SECONDS)
 
