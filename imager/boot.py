@@ -62,7 +62,11 @@ def booted(
         raise ImagerError(missing)
     acceleration = choose_acceleration(job.acceleration)
     overlays = _overlays(repository, manifest, job.overlay)
-    with image_drives(repository, manifest, overlays) as drives:
+
+    def note_error(disk: str, error: Exception) -> None:
+        progress.note(f"THE IMAGE COULD NOT BE READ, disk {disk}: {error}")
+
+    with image_drives(repository, manifest, overlays, note_error) as drives:
         machine_job = MachineJob(
             hardware, drives, acceleration, job.network, job.forwards, display=job.display
         )

@@ -42,7 +42,7 @@ def parse_sign(text: str) -> Sign:
     raise UsageError(f"--sign {text}: it can be login, target=NAME, port=N or command=WORDS")
 
 
-LOGIN = re.compile(r"^[^\s:]+ login: ?", re.MULTILINE)
+LOGIN = re.compile(r"^(?!Last )[^\s:]+ login: ?", re.MULTILINE)
 """getty's prompt: the host's name before it (agetty(8), issue and login options)."""
 
 

@@ -45,7 +45,9 @@ def console_texts(memory: int, width: int) -> list[str]:
     ``width`` of the screen in pixels says how long lines are.
     """
     columns = max(width // _GLYPH_WIDTH, 1)
-    return [_lines(characters, columns) for characters in _buffers(memory)]
+    found = _buffers(memory)
+    # Whole lines: what shares the buffer's last page is something else.
+    return [_lines(cells[: len(cells) // columns * columns], columns) for cells in found]
 
 
 def picture_width(png: bytes | None) -> int:

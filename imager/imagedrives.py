@@ -5,7 +5,7 @@ for, below overlays that take what the machine writes.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -16,16 +16,23 @@ from imager.qemu import Drive
 from imager.repository import Repository
 from imager.serve import ImageServer
 
+OnReadError = Callable[[str, Exception], None]
+"""Is told the disk's name and why a read failed."""
+
 # Of all disks; a boot reads some hundred MiB, much of it twice.
 _CACHE_BYTES = 128 << 20
 
 
 @contextmanager
 def image_drives(
-    repository: Repository, manifest: Manifest, overlays: Mapping[str, Path] | None = None
+    repository: Repository,
+    manifest: Manifest,
+    overlays: Mapping[str, Path] | None = None,
+    on_error: OnReadError | None = None,
 ) -> Iterator[tuple[Drive, ...]]:
     """Drives in the order of the manifest. ``overlays`` by the disks' names are files that are
-    there already and stay; without one, an overlay is thrown away at the end of the block."""
+    there already and stay; without one, an overlay is thrown away at the end of the block.
+    ``on_error`` is told, from any thread, of what of the image could not be read."""
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="imager-drives-")))
         opened = stack.enter_context(
@@ -37,7 +44,7 @@ def image_drives(
         )
         sources = {disk.name: source for disk, source in opened}
         address = scratch / "nbd"
-        stack.enter_context(ImageServer(sources, address))
+        stack.enter_context(ImageServer(sources, address, on_error=on_error))
         yield tuple(
             _drive(repository, manifest, disk, number, address, scratch, overlays or {})
             for number, disk in enumerate(manifest.disks)

@@ -68,24 +68,30 @@ def make_overlay(path: Path, repository: Repository, manifest: Manifest, disk: D
 
 
 def read_overlay(path: Path) -> Overlay:
-    """Raises FormatError when it is no overlay over an image, ImagerError when unreadable."""
+    """Raises UsageError when it is no overlay over an image, ImagerError when unreadable."""
     try:
         with path.open("rb") as file:
             header = file.read(_HEADER.size)
             magic, _, at, length, _, size = _HEADER.unpack(header)
+            if magic != _MAGIC:
+                raise _no_overlay(path)
             file.seek(at)
             name = file.read(min(length, _MAX_NAME)).decode()
     except OSError as error:
         raise ImagerError(f"cannot read {path}: {error.strerror}") from None
     except (struct.error, ValueError):
-        raise FormatError(f"{path} is no overlay over an image") from None
+        raise _no_overlay(path) from None
     words = name.removeprefix(_PREFIX).split("/", 2)
-    if magic != _MAGIC or not name.startswith(_PREFIX) or len(words) != 3:
-        raise FormatError(f"{path} is no overlay over an image")
+    if not name.startswith(_PREFIX) or len(words) != 3:
+        raise _no_overlay(path)
     base = OverlayBase(*words)
     if not is_image_id(base.image) or not 0 < size < 1 << 63:
-        raise FormatError(f"{path} is no overlay over an image")
+        raise _no_overlay(path)
     return Overlay(path, base, size)
+
+
+def _no_overlay(path: Path) -> UsageError:
+    return UsageError(f"{path} is no overlay over an image", hint="see: imager boot --overlay")
 
 
 def overlay_pieces(overlay: Overlay) -> list[Piece]:

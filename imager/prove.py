@@ -127,7 +127,12 @@ def _boot(
     acceleration: str,
     job: ProveJob,
 ) -> tuple[Outcome, Evidence]:
-    with image_drives(repository, manifest) as drives:
+    errors: list[str] = []
+
+    def note_error(disk: str, error: Exception) -> None:
+        errors.append(f"disk {disk}: {error}")
+
+    with image_drives(repository, manifest, on_error=note_error) as drives:
         needs_network = job.sign.kind == "port" and job.network == "none"
         machine_job = MachineJob(
             hardware,
@@ -138,8 +143,12 @@ def _boot(
         )
         try:
             with running_machine(machine_job) as machine:
-                return watch(
+                outcome, evidence = watch(
                     machine, job.sign, timeout_seconds=job.timeout_seconds, login=job.login
                 )
         except ToolError as error:
-            return Outcome(False, "ended", error.message), Evidence()
+            outcome, evidence = Outcome(False, "ended", error.message), Evidence()
+    if errors and not outcome.proved:
+        words = f"{outcome.reason}; the image could not be read: {errors[0]}"
+        return Outcome(False, "unreadable", words), evidence
+    return outcome, evidence
