@@ -8,6 +8,7 @@ from pathlib import Path
 from imager.capture import DEFAULT_LEVEL, CaptureJob, SourceDisk, capture
 from imager.diskidentity import DiskIdentity
 from imager.errors import ImagerError, ObjectMissing
+from imager.exclusion import leave_out_as
 from imager.imagevolumes import open_disks
 from imager.layout import read_layouts
 from imager.manifest import Manifest
@@ -41,12 +42,12 @@ def commit(
             for overlay, base in zip(overlays, bases, strict=True)
         ]
         layouts = read_layouts(sources)
-        disks = tuple(
+        disks = [
             SourceDisk(disk.name, source, layout, DiskIdentity.from_json(disk.identity))
             for disk, source, layout in zip(manifest.disks, sources, layouts, strict=True)
-        )
+        ]
         job = CaptureJob(
-            disks,
+            tuple(leave_out_as(manifest, disks)),
             name=name or manifest.name,
             note=note or f"image {manifest.id}, changed as a virtual machine",
             level=level,

@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from imager.allocation import Filesystem
 from imager.capture import SourceDisk
 from imager.deviceuse import SYS_ROOT, device_numbers
 from imager.errors import UsageError
 from imager.layout import Volume
+from imager.manifest import Disk, Manifest
 from imager.sysfs import read_number, read_text
 
 BY_NAME = ("UUID=", "LABEL=", "PARTUUID=", "PARTLABEL=", "/dev/")
@@ -40,6 +42,21 @@ def leave_out(
         reason = f"the data backup {backup.name} has what is on it"
         found = exclude_partitions(found, backup.exclude_partitions, reason, strict=False)
     return found
+
+
+def leave_out_as(base: Manifest, disks: Sequence[SourceDisk]) -> list[SourceDisk]:
+    """Without what ``base`` lacks, when these are its own disks: nothing can be read there, and
+    zeros in a new image would be written at a restore."""
+    return [_as_in(base.disks[n], disk) for n, disk in enumerate(disks)]
+
+
+def _as_in(base: Disk, disk: SourceDisk) -> SourceDisk:
+    for item in base.partitions:
+        for volume in disk.layout.volumes:
+            if item.get("excluded") and volume.offset == item.get("offset"):
+                known = replace(volume, filesystem=Filesystem.from_json(item["filesystem"]))
+                disk = _without(disk, volume, str(item["excluded"]), known)
+    return disk
 
 
 def exclude_partitions(
@@ -111,7 +128,10 @@ def _is_node(path: str, disk: SourceDisk, number: int) -> bool:
     return own in numbers and read_number(folder / "partition") == number
 
 
-def _without(disk: SourceDisk, volume: Volume, reason: str) -> SourceDisk:
-    left_out = replace(volume, excluded=reason)
+def _without(
+    disk: SourceDisk, volume: Volume, reason: str, known: Volume | None = None
+) -> SourceDisk:
+    """``known``: the volume as the manifest is to have it, unless it is as it was read."""
+    left_out = replace(known or volume, excluded=reason)
     volumes = tuple(left_out if each is volume else each for each in disk.layout.volumes)
     return replace(disk, layout=replace(disk.layout, volumes=volumes))

@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from imager.capture import CaptureJob, SourceDisk, capture
+from imager.diskidentity import DiskIdentity
+from imager.exclusion import leave_out_as
+from imager.imagesource import ImageSource
+from imager.layout import read_layout
 from imager.loopdevice import loop_device
 from imager.process import run
+from imager.progress import NullProgress
+from imager.repository import Repository
 from tests.support.commandline import imager
 from tests.support.disks import (
     MIB,
@@ -127,3 +134,19 @@ def test_names_that_are_refused(disk: Path, repo: Path, tmp_path: Path) -> None:
     assert "no such partition" in imager(*words, "3", code=2).err
     assert "no such partition" in imager(*words, "sdb:2", code=2).err
     assert imager(*words, "disk:2", "--json").json["disks"][0]["partitions"][1]["excluded"]
+
+
+def test_an_image_of_an_image_lacks_the_same(disk: Path, repo: Path) -> None:
+    """As when a machine that ran on an image becomes a new one."""
+    imager("capture", disk, "--repo", repo, "--exclude-partition", "2", "--name", "web1")
+    repository = Repository.open(str(repo))
+    base = repository.find("web1@latest")
+    with ImageSource(Repository.open(str(repo)), base.disks[0]) as source:
+        layout = read_layout(source)
+        again = SourceDisk("disk", source, layout, DiskIdentity())
+        (left_out,) = leave_out_as(base, [again])
+        volume = left_out.layout.volumes[1]
+        assert volume.filesystem.kind == "ext4" and volume.filesystem.uuid == UUID
+        found = capture(CaptureJob((left_out,), "web1"), repository, NullProgress())
+    assert found.disks[0].root == base.disks[0].root
+    assert found.disks[0].excluded == base.disks[0].excluded
