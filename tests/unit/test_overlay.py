@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import pytest
 
 from imager.blocksource import FileSource
 from imager.commit import find_base
-from imager.errors import FormatError, ImagerError, ObjectMissing, UsageError
+from imager.errors import ImagerError, ObjectMissing, UsageError
 from imager.manifest import Manifest
 from imager.overlay import OverlaySource, make_overlay, overlay_file, read_overlay
-from imager.process import find_tool, run
+from imager.process import beside, find_tool, run
 from imager.repository import Repository
 from tests.support.commandline import imager
 from tests.support.disks import MIB, make_random
@@ -119,29 +120,15 @@ def test_a_commit_is_a_full_capture(overlay: Path, disk: Path, repo: Path, image
 def test_what_is_no_overlay(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "file"
     file.write_bytes(content)
-    with pytest.raises(FormatError):
+    with pytest.raises(UsageError, match="no overlay"):
         read_overlay(file)
 
 
 def test_an_overlay_over_something_else(tmp_path: Path, repo: Path) -> None:
     file = tmp_path / "other.qcow2"
-    run(
-        [
-            "qemu-img",
-            "create",
-            "-q",
-            "-u",
-            "-f",
-            "qcow2",
-            "-F",
-            "raw",
-            "-b",
-            "x.img",
-            str(file),
-            "1M",
-        ]
-    )
-    assert "no overlay" in imager("commit", file, "--repo", repo, code=3).err
+    create = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", "x.img"]
+    run([*create, str(file), "1M"])
+    assert "no overlay" in imager("commit", file, "--repo", repo, code=2).err
 
 
 def test_a_commit_elsewhere(overlay: Path, tmp_path: Path, repository: Repository) -> None:
@@ -157,27 +144,17 @@ def test_a_commit_elsewhere(overlay: Path, tmp_path: Path, repository: Repositor
 
 
 def test_a_commit_while_the_machine_runs(overlay: Path, disk: Path, repo: Path) -> None:
-    """QEMU locks the file: here for as long as a flush takes to be asked for."""
-    from imager.process import beside
-
-    serve = ["qemu-nbd", "-f", "qcow2", "-t", "-k", str(overlay.parent / "nbd")]
+    """QEMU locks the file."""
+    socket = overlay.parent / "nbd"
     options = (
         f"driver=qcow2,file.driver=file,file.filename={str(overlay).replace(',', ',,')},"
         f"backing.driver=raw,backing.file.driver=file,backing.file.filename={disk}"
     )
-    with beside(
-        [*(word for word in serve if word not in ("-f", "qcow2")), "--image-opts", options]
-    ):
-        wait_for(overlay.parent / "nbd")
+    with beside(["qemu-nbd", "-t", "-k", str(socket), "--image-opts", options]):
+        deadline = time.monotonic() + 60
+        while not socket.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
         assert "lock" in imager("commit", overlay, "--repo", repo, code=1).err
-
-
-def wait_for(path: Path) -> None:
-    import time
-
-    deadline = time.monotonic() + 60
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
 
 
 def test_several_disks_have_a_file_each(tmp_path: Path, image: Manifest) -> None:
