@@ -137,6 +137,7 @@ def test_a_person_is_asked(repo: Path, disk: Path, answer: str, is_back: bool) -
 
 
 def test_a_disk_in_use_is_not_rolled_back(repo: Path, tmp_path: Path) -> None:
+    """Nor at the next start of this machine: the disk has nothing that it could be known by."""
     backing = make_file(tmp_path / "server.img", 64 * MIB)
     folder = tmp_path / "mnt"
     folder.mkdir()
@@ -147,6 +148,7 @@ def test_a_disk_in_use_is_not_rolled_back(repo: Path, tmp_path: Path) -> None:
             words = ["--name", "server", "--on-failure", "rollback", "--", "sh", "-c", change]
             outcome = guard(repo, Path(device), *words, code=1)
             assert f"is mounted at {folder}" in outcome.err
+            assert "neither serial number, WWN nor partition table" in outcome.err
             assert "the image is pinned" in outcome.err
             assert pinned(repo) == 1
         finally:
