@@ -44,6 +44,17 @@ class Proof(JsonRecord):
     def proved(self) -> bool:
         return self.verdict == "proved"
 
+    @property
+    def words(self) -> str:
+        """The verdict in a line, without the image."""
+        took = f"{self.milliseconds / 1000:.1f} s"
+        if self.verdict == "not tried":
+            return f"NOT TRIED: {self.reason}"
+        if not self.proved:
+            return f"FAILED after {took}: {self.reason}"
+        what = f"{self.sign} seen" if self.level == "boot" else self.reason
+        return f"PROVED: {what} after {took}"
+
 
 @dataclass(frozen=True)
 class Evidence:

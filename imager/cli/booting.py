@@ -214,20 +214,9 @@ def _show_proof(repository: Repository, proof: Proof, picture: Path | None, json
     if not proof.proved and evidence is not None and proof.level == "boot":
         for line in [line for line in evidence.console.splitlines() if line][-_TAIL_LINES:]:
             print(f"  | {line[:160]}")
-    print(proof_line(proof))
+    print(f"image {proof.image}: {proof.words}")
     for name in evidence_names(proof):
         print(f"  {repository.store.url}/{name}")
-
-
-def proof_line(proof: Proof) -> str:
-    """A proof in one line."""
-    took = f"{proof.milliseconds / 1000:.1f} s"
-    if proof.proved:
-        what = f"{proof.sign} seen" if proof.level == "boot" else proof.reason
-        return f"image {proof.image} is PROVED: {what} after {took}"
-    if proof.verdict == "failed":
-        return f"image {proof.image} FAILED after {took}: {proof.reason}"
-    return f"image {proof.image} was NOT TRIED: {proof.reason}"
 
 
 def _write(path: Path, content: bytes) -> None:
