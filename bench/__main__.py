@@ -1,5 +1,12 @@
-"""`python -m bench` runs the side-by-side measurements."""
+"""`python -m bench` measures side by side, `python -m bench fleet` a repository of many images."""
 
-from bench.compare import main
+import sys
 
-main()
+if sys.argv[1:2] == ["fleet"]:
+    from bench.fleet import main as fleet
+
+    fleet(sys.argv[2:])
+else:
+    from bench.compare import main
+
+    main()

@@ -14,7 +14,7 @@ from imager.joblocks import job_runs
 from imager.jobrecord import GOOD, RUNNING, JobRecord, JobRun, load_record, time_of
 from imager.jobs import Job, job_names, load_job
 from imager.jsonrecord import JsonRecord
-from imager.manifest import Manifest
+from imager.listing import Summary, summaries
 from imager.oncalendar import span_seconds, times_after
 from imager.repository import Repository
 from imager.retention import Snapshot
@@ -138,16 +138,16 @@ class _Images:
             self._groups = {}
             host = socket.gethostname()
             try:
-                for image in Repository.open(self._url).manifests(self._note_damage):
+                for image in summaries(Repository.open(self._url), self._note_damage):
                     if image.host == host:
                         self._add(image)
             except ImagerError as error:
                 self.problem = f"repository: {error.message}"
         return self._groups
 
-    def _add(self, manifest: Manifest) -> None:
+    def _add(self, summary: Summary) -> None:
         assert self._groups is not None
-        image = Snapshot.of(manifest)
+        image = Snapshot.of(summary)
         before = self._groups.get(image.name)
         whole = image if image.whole else before.newest_whole if before else None
         self._groups[image.name] = _Group(before.images + 1 if before else 1, image, whole)

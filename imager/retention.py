@@ -11,11 +11,11 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import NamedTuple
 
 from imager.errors import ObjectMissing, UsageError
-from imager.manifest import Manifest
+from imager.listing import Summary, summaries
 from imager.proofs import latest_proofs
 from imager.repository import Repository
 
@@ -35,11 +35,10 @@ class Snapshot(NamedTuple):
         return self.name, self.host, self.disks
 
     @classmethod
-    def of(cls, manifest: Manifest) -> Snapshot:
-        disks = tuple(disk.name for disk in manifest.disks)
+    def of(cls, image: Summary) -> Snapshot:
         # the id begins with the time (docs/format.md, "Manifest")
-        created = datetime.strptime(manifest.id[:16], "%Y%m%dt%H%M%Sz").replace(tzinfo=UTC)
-        return cls(manifest.id, manifest.name, manifest.host, disks, created, not manifest.partial)
+        created = datetime.fromisoformat(image.id[:16].upper())
+        return cls(image.id, image.name, image.host, image.disk_names, created, not image.partial)
 
 
 @dataclass(frozen=True)
@@ -112,9 +111,9 @@ def plan_prune(
     Raises IntegrityError when a manifest is damaged: which image it is of is not known then.
     """
     snapshots = [
-        Snapshot.of(manifest)
-        for manifest in repository.manifests()
-        if name in (None, manifest.name) and host in (None, manifest.host)
+        Snapshot.of(image)
+        for image in summaries(repository)
+        if name in (None, image.name) and host in (None, image.host)
     ]
     proved = {image_id for image_id, proof in latest_proofs(repository).items() if proof.proved}
     return judge(snapshots, rules, repository.pins(), proved)

@@ -19,7 +19,9 @@ from imager.cli.options import (
 from imager.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
+    from imager.listing import Summary
     from imager.manifest import Disk, Manifest
+    from imager.proofs import Proof
 
 
 def list_images(
@@ -29,28 +31,31 @@ def list_images(
 ) -> int:
     """List the images, oldest first. Exit code 3 when a manifest is damaged."""
     from imager.errors import IntegrityError
+    from imager.listing import summaries
+    from imager.proofs import latest_proofs
     from imager.units import show_bytes
 
     repository = open_repository(repo)
     damaged: list[IntegrityError] = []
-    manifests = [m for m in repository.manifests(damaged.append) if name is None or m.name == name]
+    images = [x for x in summaries(repository, damaged.append) if name in (None, x.name)]
     for error in damaged:
         print(f"imager: {error.message}", file=sys.stderr)
     code = IntegrityError.exit_code if damaged else 0
+    proofs = latest_proofs(repository)
     if json:
-        print_json([_summary(manifest) for manifest in manifests])
+        print_json([{**image.to_json(), **_proof_of(proofs.get(image.id))} for image in images])
         return code
     rows = [
         (
-            m.id,
-            m.name,
-            m.created,
-            show_bytes(sum(disk.size for disk in m.disks)),
-            show_bytes(m.statistics.get("used_bytes", 0)),
-            show_bytes(m.statistics.get("stored_bytes", 0)),
-            " ".join([*_marks(m), m.note]).rstrip(),
+            image.id,
+            image.name,
+            image.created,
+            show_bytes(image.disk_bytes),
+            show_bytes(image.used_bytes),
+            show_bytes(image.stored_bytes),
+            " ".join([*_marks(image), *_proof_marks(proofs.get(image.id)), image.note]).rstrip(),
         )
-        for m in manifests
+        for image in images
     ]
     print_table(
         ["IMAGE", "NAME", "CREATED", "SIZE", "USED", "ADDED", "NOTE"], rows, right="SIZE USED ADDED"
@@ -62,13 +67,18 @@ def show(image: ImageArgument, repo: RepoOption = None, json: JsonOption = False
     """Show all that is known of an image: disks, partitions, hardware, statistics."""
     from imager.cli.hardware import print_hardware
     from imager.fingerprint import Fingerprint
+    from imager.proofs import proofs_of
 
     repository = open_repository(repo)
     manifest, disks = find_disks(repository, image)
+    proofs = list(proofs_of(repository, manifest.id))
     if json:
-        print_json(manifest.document)
+        told = {"proofs": [proof.to_json() for proof in proofs]} if proofs else {}
+        print_json({**manifest.document, **told})
         return
     _show_manifest(manifest)
+    for proof in proofs:
+        print(f"{'proof':<12} {proof.time}: {proof.words}")
     for disk in disks:
         _show_disk(disk)
     print_hardware(Fingerprint.from_json(manifest.document.get("hardware") or {}))
@@ -131,24 +141,19 @@ def _write_picture(path: Path, picture: str) -> None:
         raise ImagerError(f"cannot write {path}: {error.strerror}") from None
 
 
-def _marks(manifest: Manifest) -> list[str]:
+def _marks(image: Summary) -> list[str]:
     """What makes an image less than one could expect."""
-    from imager.data.model import data_is_whole
-
-    in_use = manifest.document.get("consistency") == "none"
-    lacks_data = not data_is_whole(manifest)
-    return ["PARTIAL"] * manifest.partial + ["IN-USE"] * in_use + ["DATA-FAILED"] * lacks_data
+    in_use, lacks_data = image.consistency == "none", not image.data_whole
+    return ["PARTIAL"] * image.partial + ["IN-USE"] * in_use + ["DATA-FAILED"] * lacks_data
 
 
-def _summary(manifest: Manifest) -> dict[str, Any]:
-    keys = ("id", "name", "host", "created", "note", "partial", "previous", "consistency")
-    return {
-        **{key: manifest.document.get(key) for key in keys},
-        "disks": [
-            {"name": disk.name, "size": disk.size, "root": disk.root} for disk in manifest.disks
-        ],
-        "statistics": manifest.statistics,
-    }
+def _proof_marks(proof: Proof | None) -> list[str]:
+    """What came of the last boot."""
+    return [] if proof is None else ["PROVED" if proof.proved else "BOOT-FAILED"]
+
+
+def _proof_of(proof: Proof | None) -> dict[str, Any]:
+    return {} if proof is None else {"proof": proof.to_json()}
 
 
 def _show_manifest(manifest: Manifest) -> None:
