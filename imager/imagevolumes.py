@@ -167,8 +167,8 @@ def _opened(volume: ImageVolume, others: list[ImageVolume]) -> list[ImageVolume]
         if member is not None and member.members not in (None, 1):
             return [replace(volume, reason=f"a {kind} over {member.members} devices")]
         return [volume]
-    reason = "it is encrypted" if kind == "luks" else f"{kind} can't be mounted"
-    return [replace(volume, reason=reason)]
+    known = {"luks": "it is encrypted", "unknown": "nothing that is known"}
+    return [replace(volume, reason=known.get(kind, f"{kind} holds no files that can be read"))]
 
 
 def _inside(container: ImageVolume, others: list[ImageVolume]) -> list[ImageVolume]:

@@ -56,7 +56,7 @@ def allocation_map(source: BlockSource, filesystem: Filesystem) -> AllocationMap
     """Raises NotRecognized or UnsupportedError for any doubt, OSError for unreadable sectors."""
     superblock = Superblock.parse(source.pread(SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE))
     _check_usable(superblock, source.size)
-    overlay = _journal_overlay(Blocks(source, superblock), superblock)
+    overlay = journal_overlay(Blocks(source, superblock), superblock)
     blocks = Blocks(source, superblock, overlay)
     _check_same_geometry(superblock, blocks, source.size)
     used = _BlockUse(superblock, blocks).used_bytes(source.size)
@@ -80,7 +80,7 @@ def _check_usable(superblock: Superblock, source_size: int) -> None:
         raise UnsupportedError("the journal is on another device")
 
 
-def _journal_overlay(blocks: Blocks, superblock: Superblock) -> Overlay:
+def journal_overlay(blocks: Blocks, superblock: Superblock) -> Overlay:
     """What a replay would change; NOTHING for a clean filesystem."""
     if not superblock.has_journal:
         return NOTHING

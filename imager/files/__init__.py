@@ -1,0 +1,1 @@
+"""The files inside of an image's filesystems, read without root and without mounting."""

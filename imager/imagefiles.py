@@ -1,0 +1,41 @@
+"""``IMAGE:PARTITION/PATH``: from what people write to an entry in an image's filesystem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from imager.files.model import Reader
+from imager.files.registry import open_reader
+from imager.files.tree import Found, look_up
+from imager.imagevolumes import ImageVolume, find_volume, image_volumes, open_disks
+from imager.manifest import Disk
+from imager.repository import Repository
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A filesystem of an image, and the entry that was named in it."""
+
+    volume: ImageVolume
+    reader: Reader
+    found: Found
+
+
+@contextmanager
+def opened(
+    open_repository: Callable[[], Repository],
+    disks: list[Disk],
+    rest: str,
+    *,
+    follow: bool = False,
+) -> Iterator[Opened]:
+    """``rest``: what stands behind the colon. ``follow``: also a symbolic link at the end.
+
+    Raises ObjectMissing, UsageError; UnsupportedError when the filesystem has no reader.
+    """
+    with open_disks(open_repository, disks) as sources:
+        volume, path = find_volume(image_volumes(sources), rest)
+        reader = open_reader(volume)
+        yield Opened(volume, reader, look_up(reader, path, follow=follow))
