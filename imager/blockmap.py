@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 from imager.errors import ImagerError, IntegrityError, ObjectMissing
+from imager.extents import Extents
 from imager.format import (
     FANOUT,
     NO_DIGEST,
@@ -151,6 +152,14 @@ class BlockMap:
         if first < stop:
             top = self.page(self._top, self._height, 0, self._top_digest)
             yield from _join(self._walk(top, 0, first, stop, on_damage))
+
+    def extents(self, state: State, block_size: int) -> Extents:
+        """Where all blocks are of a state, in bytes, the last one in full."""
+        return Extents.from_sorted(
+            (run.first * block_size, run.blocks * block_size)
+            for run in self.runs()
+            if run.state == state
+        )
 
     def page(self, place: Place, level: int, index: int, digest: bytes | None) -> Page:
         """One page; ``index`` counts the pages of its level."""

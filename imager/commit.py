@@ -1,20 +1,30 @@
-"""Commit: what a virtual machine made of an image becomes a new image of the same lineage."""
+"""Commit: what a virtual machine made of an image becomes a new image of the same lineage.
+
+The overlays tell what was written since the image, so only that is read: to a capture they are a
+record of writes, of disks that are quiet by now.
+"""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from imager.blocksource import BlockSource
 from imager.capture import DEFAULT_LEVEL, CaptureJob, SourceDisk, capture
 from imager.diskidentity import DiskIdentity
 from imager.errors import ImagerError, ObjectMissing
 from imager.exclusion import leave_out_as
+from imager.extents import Extents
+from imager.format import State
 from imager.imagevolumes import open_disks
-from imager.layout import read_layouts
-from imager.manifest import Manifest
+from imager.layout import DiskLayout, read_layouts
+from imager.livecapture import Base, Frozen, captured
+from imager.manifest import Disk, Manifest
 from imager.overlay import Overlay, OverlaySource, overlay_file, read_overlay
 from imager.progress import Progress
 from imager.repository import Repository
+from imager.tracking import Written
 from imager.virtualhardware import imaged_machine
 
 
@@ -41,20 +51,75 @@ def commit(
             stack.enter_context(OverlaySource(overlay, base.source))
             for overlay, base in zip(overlays, bases, strict=True)
         ]
-        layouts = read_layouts(sources)
-        disks = [
-            SourceDisk(disk.name, source, layout, DiskIdentity.from_json(disk.identity))
-            for disk, source, layout in zip(manifest.disks, sources, layouts, strict=True)
-        ]
+        all_blocks = bool(manifest.document.get("all_blocks"))
+        before = _disks(manifest, [base.source for base in bases])
+        disks = _disks(manifest, sources)
         job = CaptureJob(
-            tuple(leave_out_as(manifest, disks)),
+            disks,
             name=name or manifest.name,
             note=note or f"image {manifest.id}, changed as a virtual machine",
             level=level,
-            all_blocks=bool(manifest.document.get("all_blocks")),
+            all_blocks=all_blocks,
             hardware=imaged_machine(manifest),
+            live=_QuietDisks([disk.layout for disk in disks]),
+            bases={
+                disk.name: Base(
+                    manifest.id,
+                    disk,
+                    _held(repository, disk, captured(was.layout, all_blocks=all_blocks)),
+                    source.changed,
+                )
+                for disk, was, source in zip(manifest.disks, before, sources, strict=True)
+            },
         )
         return capture(job, repository, progress)
+
+
+def _disks(manifest: Manifest, sources: Sequence[BlockSource]) -> tuple[SourceDisk, ...]:
+    """As they are to be captured: what the image leaves out stays left out."""
+    disks = [
+        SourceDisk(disk.name, source, layout, DiskIdentity.from_json(disk.identity))
+        for disk, source, layout in zip(manifest.disks, sources, read_layouts(sources), strict=True)
+    ]
+    return tuple(leave_out_as(manifest, disks))
+
+
+def _held(repository: Repository, disk: Disk, used: Extents) -> Extents:
+    """What an image holds of what is called used in it: an older imager may have left out more."""
+    unused = repository.block_map(disk).extents(State.UNUSED, disk.block_size)
+    return used.subtract(unused.clip(0, disk.size))
+
+
+class _Still:
+    """Filesystems that nobody writes to."""
+
+    milliseconds = 0
+
+    def end(self) -> None:
+        pass
+
+
+class _QuietDisks:
+    """Disks of a machine that is off, as ``LiveDisks``: nothing happens to them any more."""
+
+    def __init__(self, layouts: Sequence[DiskLayout]) -> None:
+        self._layouts = layouts
+
+    def take(self) -> list[Written]:
+        return [Written(Extents()) for _ in self._layouts]
+
+    def restart(self) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    @contextmanager
+    def frozen(self) -> Iterator[Frozen]:
+        yield _Still()
+
+    def layouts(self) -> Sequence[DiskLayout]:
+        return self._layouts
 
 
 def find_base(path: Path, repository: Repository) -> tuple[Manifest, list[Overlay]]:

@@ -182,7 +182,8 @@ class OverlaySource:
         buffer[there:] = bytes(len(buffer) - there)
 
     def data_extents(self) -> Extents:
-        return Extents([*self._base.data_extents(), *self.changed])
+        """All of it, as of a device: what is zero by now is seen by reading it."""
+        return Extents.whole(self.size)
 
 
 def overlay_file(path: Path, disk: Disk, manifest: Manifest) -> Path:

@@ -101,12 +101,7 @@ def _results(
 def _unused_blocks(repository: Repository, manifest: Manifest, name: str) -> Extents:
     """What the image does not hold, in bytes of the disk."""
     disk = next(disk for disk in manifest.disks if disk.name == name)
-    unit = disk.block_size
-    return Extents.from_sorted(
-        (run.first * unit, run.blocks * unit)
-        for run in repository.block_map(disk).runs()
-        if run.state == State.UNUSED
-    )
+    return repository.block_map(disk).extents(State.UNUSED, disk.block_size)
 
 
 def _used(manifest: Manifest, volume: ImageVolume, unused: dict[str, Extents]) -> Extents:

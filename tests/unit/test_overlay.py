@@ -114,6 +114,7 @@ def test_a_commit_is_a_full_capture(overlay: Path, disk: Path, repo: Path, image
     full = imager("capture", disk, "--repo", repo, "--json").json
     assert full["disks"][0]["root"] == made["disks"][0]["root"]
     assert full["disks"][0]["root"] != image.disks[0].root
+    assert made["statistics"]["read_bytes"] <= 3 * image.block_size  # only what was written
 
 
 @pytest.mark.parametrize("content", [b"", b"QFI\xfb", b"\0" * 4096, bytes(range(256)) * 16])

@@ -90,3 +90,18 @@ def test_a_gc_removes_what_an_interrupted_removal_left(repository: Repository) -
     collect(repository, NullProgress())
     assert latest_proofs(repository) == {image_id: kept}
     assert len(list(repository.store.names("proofs"))) == 3
+
+
+def test_list_and_show(repository: Repository, repo: Path) -> None:
+    (image_id,) = repository.image_ids()
+    assert "proof" not in imager("list", "--json", "--repo", repo).json[0]
+    store_proof(repository, Proof(image_id, "failed", reason="a panic"), EVIDENCE)
+    assert "BOOT-FAILED" in imager("list", "--repo", repo).out
+    store_proof(repository, Proof(image_id, "proved", sign="login", milliseconds=900), EVIDENCE)
+    assert "PROVED" in imager("list", "--repo", repo).out
+    assert imager("list", "--json", "--repo", repo).json[0]["proof"]["verdict"] == "proved"
+    shown = imager("show", image_id, "--repo", repo).out
+    assert "FAILED after 0.0 s: a panic" in shown
+    assert "PROVED: login seen after 0.9 s" in shown
+    told = imager("show", image_id, "--json", "--repo", repo).json["proofs"]
+    assert [proof["verdict"] for proof in told] == ["failed", "proved"]
