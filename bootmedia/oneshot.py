@@ -106,16 +106,17 @@ def arrange(plan: Rollback, machine: Fingerprint, progress: Progress) -> Arrange
     """
     with tempfile.TemporaryDirectory(prefix="imager-rollback-", dir=plan.work) as scratch:
         work = Path(scratch)
-        kernel = find_kernel(plan.kernel, plan.modules_dir, scratch=work)
         grub = Grub(plan.boot)
         rules = _target_rules(plan, machine)
-        reasons = [
-            *grub.refusals(),
-            *(text for rule in rules if isinstance(text := rule, str)),
-            *_repository_reasons(plan, kernel),
-            *_secure_boot_reasons(machine, kernel),
-        ]
-        if reasons:
+        reasons = [*grub.refusals(), *(text for text in rules if isinstance(text, str))]
+        kernel = None
+        try:
+            kernel = find_kernel(plan.kernel, plan.modules_dir, scratch=work)
+            reasons += _secure_boot_reasons(machine, kernel)
+        except ImagerError as error:
+            reasons.append(error.message)
+        reasons += _repository_reasons(plan, kernel)
+        if reasons or kernel is None:
             raise RefusedError(reasons)
         targets = tuple(rule for rule in rules if isinstance(rule, TargetRule))
         arranged = Arranged(plan.image.id, plan.repository, plan.created, targets, kernel.version)
@@ -178,7 +179,7 @@ def _target_rule(name: str, path: str, everyone: Sequence[DiskIdentity]) -> Targ
 # --- the repository -----------------------------------------------------------------------------
 
 
-def _repository_reasons(plan: Rollback, kernel: Kernel) -> Iterator[str]:
+def _repository_reasons(plan: Rollback, kernel: Kernel | None) -> Iterator[str]:
     """Why the rescue system would not find the image."""
     url = plan.repository
     if "://" in url and not url.startswith("file://"):
@@ -206,11 +207,11 @@ def _repository_reasons(plan: Rollback, kernel: Kernel) -> Iterator[str]:
     yield from _filesystem_reasons(mount, folder, kernel)
 
 
-def _filesystem_reasons(mount: Mount, folder: Path, kernel: Kernel) -> Iterator[str]:
+def _filesystem_reasons(mount: Mount, folder: Path, kernel: Kernel | None) -> Iterator[str]:
     module = _KINDS.get(mount.kind)
     if module is None:
         yield f"the repository lies on {mount.kind}, where the rescue system does not look for one"
-    elif not _has_module(kernel, module):
+    elif kernel and not _has_module(kernel, module):
         yield f"the repository lies on {mount.kind}: kernel {kernel.version} has no driver for it"
     inside = Path(mount.root) / folder.relative_to(mount.point)
     if len(inside.parts) - 1 > _DEPTH:
