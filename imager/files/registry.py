@@ -15,6 +15,7 @@ _READERS = {
     "ext2": ("ext", "ExtReader"),
     "ext3": ("ext", "ExtReader"),
     "ext4": ("ext", "ExtReader"),
+    "btrfs": ("btrfs.reader", "BtrfsReader"),
     "xfs": ("xfs.reader", "XfsReader"),
 }
 

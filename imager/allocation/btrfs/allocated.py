@@ -104,6 +104,11 @@ def allocation_map(
     return AllocationMap(used, "exact")
 
 
+def chunks_of(superblock: Superblock, members: Members) -> ChunkMap:
+    """Where all that has a logical address lies. Raises NotRecognized."""
+    return _Commit(superblock, members).chunks
+
+
 def _always_used(superblock: Superblock, source_size: int) -> Extents:
     end = superblock.device.size
     copies = [(at, SUPERBLOCK_SIZE) for at in SUPERBLOCKS if at + SUPERBLOCK_SIZE <= end]
@@ -194,7 +199,7 @@ class _Commit:
         for (objectid, type_, _), data in self.trees.walk(self._superblock.root_tree, self._nodes):
             require((objectid, type_) not in _BALANCING, "a balance is at work")
             if type_ == _ROOT_ITEM and objectid in wanted:
-                roots[objectid] = _tree_root(data, objectid)
+                roots[objectid] = tree_root(data, objectid)
         require(roots.keys() == wanted, "a tree is missing in the root tree")
         return roots
 
@@ -275,7 +280,7 @@ class _LogTrees:
         data: list[tuple[int, int]] = []
         for (_, type_, _), raw in self._trees.walk(root, nodes):
             require(type_ == _ROOT_ITEM, f"a log root tree with items of type {type_}")
-            log = _tree_root(raw, _TREE_LOG)
+            log = tree_root(raw, _TREE_LOG)
             data += filter(None, map(self._extent, self._trees.walk(log, nodes)))
         return Extents([*((address, superblock.node_size) for address in nodes), *data])
 
@@ -292,7 +297,7 @@ class _LogTrees:
         return address, length
 
 
-def _tree_root(data: bytes, owner: int) -> TreeRoot:
+def tree_root(data: bytes, owner: int) -> TreeRoot:
     generation, _, address, level = _fields(_ROOT, data)
     return TreeRoot(address, level, generation, owner)
 
