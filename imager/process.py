@@ -9,8 +9,8 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import IO
@@ -78,6 +78,7 @@ def follow(
     *,
     on_output: OnLine | None = None,
     on_error: OnLine | None = None,
+    on_wait: Callable[[], object] | None = None,
     accept: Iterable[int] = (0,),
     environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
@@ -85,7 +86,8 @@ def follow(
 ) -> int:
     """Run a program that takes long and tell its lines as they come; returns its exit code.
 
-    ``on_output`` gets those of standard output, ``on_error`` those of standard error. The program
+    ``on_output`` gets those of standard output, ``on_error`` those of standard error; ``on_wait``
+    is called now and then while nothing comes. The program
     has a process group of its own, which is ended when the time is up and when an exception comes
     from a callback or an interrupt. Raises ToolError as ``run``, with the end of what it said.
     """
@@ -109,7 +111,7 @@ def follow(
         try:
             assert process.stdout is not None and process.stderr is not None
             said = _tell_lines(
-                {process.stdout: on_output, process.stderr: on_error}, process, deadline
+                {process.stdout: on_output, process.stderr: on_error}, process, deadline, on_wait
             )
             code = process.wait(_left(deadline))
         except subprocess.TimeoutExpired:
@@ -122,7 +124,10 @@ def follow(
 
 
 def _tell_lines(
-    pipes: dict[IO[bytes], OnLine | None], process: subprocess.Popen[bytes], deadline: float | None
+    pipes: dict[IO[bytes], OnLine | None],
+    process: subprocess.Popen[bytes],
+    deadline: float | None,
+    on_wait: Callable[[], object] | None,
 ) -> str:
     """Until both ends are closed; the end of what came by standard error, else by output."""
     pending = dict.fromkeys(pipes, b"")
@@ -135,6 +140,8 @@ def _tell_lines(
             events = selector.select(_LOOK_SECONDS if left is None else min(left, _LOOK_SECONDS))
             if not events and process.poll() is not None:
                 break  # what it started in the background holds the other end
+            if not events and on_wait is not None:
+                on_wait()
             for key, _ in events:
                 pipe = next(each for each in pipes if each is key.fileobj)
                 content = os.read(pipe.fileno(), 1 << 16)
@@ -301,3 +308,48 @@ def pass_through(command: list[str], *, output: int | None = None) -> int:
     finally:
         signal.signal(signal.SIGINT, before)
     return code if code >= 0 else 128 - code
+
+
+@contextmanager
+def pipe(files: Sequence[Path], *commands: list[str] | None) -> Iterator[IO[bytes]]:
+    """What files that belong together hold, through some programs; None is no program.
+
+    At the end of the block, raises ToolError with what the program said that failed. Who has not
+    read to the end by then wants no more: nothing is checked, and the programs are ended.
+    """
+    chain = [["cat", "--", *map(str, files)], *filter(None, commands)]
+    for command in chain:
+        if find_tool(command[0]) is None:
+            raise _not_installed(command)
+    with ExitStack() as stack:
+        output: IO[bytes] | None = None
+        running: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
+        for command in chain:
+            said = stack.enter_context(tempfile.TemporaryFile())
+            process = stack.enter_context(
+                subprocess.Popen(
+                    command,
+                    stdin=output or subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=said,
+                    env=_variables(None),
+                )
+            )
+            stack.callback(process.kill)
+            if output is not None:
+                output.close()  # so that who writes to it notices when who reads is gone
+            output = process.stdout
+            running.append((process, said))
+        assert output is not None
+        yield output
+        if output.read(1):
+            return
+        codes = [process.wait() for process, _ in running]
+        # One that wrote to another that failed was only cut off.
+        failed = [n for n, code in enumerate(codes) if code not in (0, -signal.SIGPIPE)]
+        if failed or any(codes):
+            n = failed[-1] if failed else len(codes) - 1
+            at_end = running[n][1]
+            at_end.seek(0)
+            text = at_end.read()[-_KEPT_BYTES:].decode(errors="replace").strip()
+            raise ToolError(f"exit code {codes[n]} from: {shlex.join(chain[n])}\n{text}")

@@ -12,7 +12,7 @@ from typing import Any
 from imager.data.meter import Meter
 from imager.data.model import DataEntry, DataSnapshot, Taken, without_secrets
 from imager.errors import ToolError, UsageError
-from imager.process import follow
+from imager.process import OnLine, follow
 from imager.progress import Progress
 
 _MOST_WARNINGS = 20
@@ -104,8 +104,8 @@ class Borg:
     def _run(
         self,
         words: list[str],
-        hear: Any = None,
-        warn: Any = None,
+        hear: OnLine | None = None,
+        warn: OnLine | None = None,
         accept: tuple[int, ...] = (0,),
         folder: Path | None = None,
     ) -> int:

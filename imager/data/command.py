@@ -10,12 +10,11 @@ import re
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from imager.data.meter import Meter
 from imager.data.model import DataEntry, DataSnapshot, Taken
 from imager.errors import ToolError, UsageError
-from imager.process import follow
+from imager.process import OnLine, follow
 from imager.progress import Progress
 
 _TOLD = re.compile(r"imager: (snapshot|size|progress) (\S+)(?: (\d+))?\s*\Z")
@@ -69,7 +68,7 @@ class Command:
         return ["env", *variables, *words]
 
     def _run(
-        self, which: str, hear: Any = None, snapshot: str = "", target: Path | None = None
+        self, which: str, hear: OnLine | None = None, snapshot: str = "", target: Path | None = None
     ) -> None:
         words = self._entry.commands.get(which)
         if not words:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from imager.data.meter import Meter
 from imager.data.model import DataEntry, DataSnapshot, Taken, without_secrets
 from imager.errors import ToolError
-from imager.process import follow
+from imager.process import OnLine, follow
 from imager.progress import Progress
 
 _MOST_WARNINGS = 20
@@ -74,8 +74,10 @@ class Restic:
         return sorted(found, key=lambda item: item.time)
 
     def restore(self, snapshot: str, target: Path, progress: Progress) -> None:
-        progress.note(f"data backup {self._entry.name}: restic restores {snapshot[:8]}")
-        self._run(["restore", snapshot, *self._target(target)])
+        """restic tells nothing meanwhile; the progress is for an interrupt to be seen."""
+        progress.start(f"data backup {self._entry.name}", 0)
+        words = ["restore", snapshot, "--target", self._place.folder(target)]
+        self._run(words, wait=lambda: progress.advance(0))
 
     def forget(self, snapshots: Sequence[str]) -> None:
         self._run(["forget", "--prune", *snapshots])
@@ -92,11 +94,13 @@ class Restic:
     def _tags(self) -> str:
         return f"imager,{self._entry.name}"
 
-    def _target(self, target: Path) -> list[str]:
-        return ["--target", self._place.folder(target)]
-
     def _run(
-        self, words: list[str], hear: Any = None, warn: Any = None, accept: tuple[int, ...] = (0,)
+        self,
+        words: list[str],
+        hear: OnLine | None = None,
+        warn: OnLine | None = None,
+        wait: Callable[[], object] | None = None,
+        accept: tuple[int, ...] = (0,),
     ) -> int:
         # Of a rescue system: a cache would fill its memory, the repository may be read-only.
         apart = [] if self._entry.root == Path("/") else ["--no-cache", "--no-lock"]
@@ -104,6 +108,7 @@ class Restic:
             self._place.command(["restic", *apart, *words]),
             on_output=hear,
             on_error=warn,
+            on_wait=wait,
             accept=accept,
             environment=dict(self._variables()),
             timeout_seconds=self._entry.timeout,

@@ -49,6 +49,14 @@ def test_lines_come_while_it_runs(tmp_path: Path) -> None:
     assert heard == ["first", "second"]
 
 
+def test_waiting_is_told(tmp_path: Path) -> None:
+    """It ends only when it was told of."""
+    gate = tmp_path / "gate"
+    code = f"import time, pathlib\nwhile not pathlib.Path({str(gate)!r}).exists(): time.sleep(0.01)"
+    follow(python(code), on_wait=gate.touch, timeout_seconds=60)
+    assert gate.exists()
+
+
 def test_much_on_both_does_not_block() -> None:
     code = "import sys\nfor n in range(20000): print(n); print('x' * 50, file=sys.stderr)"
     out: list[str] = []
