@@ -240,6 +240,14 @@ def test_a_changed_image(bench: Bench) -> None:
     assert bench.is_untouched
 
 
+def test_an_altered_manifest(bench: Bench) -> None:
+    """One character of the file, on the medium or where it is fetched from."""
+    (file,) = bench.repo.glob("manifests/*.json")
+    file.write_text(file.read_text().replace('"web1"', '"web2"'))
+    assert bench.run() == 3
+    assert bench.is_untouched
+
+
 def test_a_damaged_image(bench: Bench) -> None:
     for path in bench.repo.glob("packs/*/*.pack"):
         content = bytearray(path.read_bytes())
