@@ -87,7 +87,8 @@ def command_line(
         *machine_options(hardware.firmware, "memory-backend=memory"),
         *("-smp", str(hardware.cpus), "-m", f"{hardware.memory >> 20}M"),
         *("-object", _memory(hardware, wiring)),
-        *("-nodefaults", "-no-user-config", "-display", wiring.display),
+        # It waits for the first command: no event is lost.
+        *("-S", "-nodefaults", "-no-user-config", "-display", wiring.display),
         *("-device", "VGA", "-device", "virtio-rng-pci"),
         *("-chardev", f"socket,id=control,fd={wiring.control}"),
         *("-mon", "chardev=control,mode=control"),

@@ -58,9 +58,11 @@ class ControlLine:
         return self._ended.wait(timeout_seconds)
 
     def begin(self) -> None:
-        """Take the greeting. Raises ToolError when the machine ends before it."""
+        """Take the greeting and have the machine, which waits for that (-S), run. Raises ToolError
+        when it ends before it."""
         self._answer("its start")
         self.execute("qmp_capabilities")
+        self.execute("cont")
 
     def execute(self, command: str, **arguments: object) -> Any:
         """Run a command and return its result. Raises ToolError with QEMU's reason, and when the
