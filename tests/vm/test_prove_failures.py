@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 
+from imager.boot import BootJob, booted
+from imager.bootsigns import Sign
+from imager.bootwatch import watch
+from imager.imagedrives import image_drives
+from imager.machine import MachineJob, running_machine
+from imager.progress import NullProgress
 from imager.proofs import latest_proofs
+from imager.qemu import BUSES, CARDS, Hardware
 from imager.repository import Repository
 from tests.support.commandline import imager
 
@@ -102,3 +109,40 @@ def test_a_target_on_the_screen(repo: Path, tmp_path: Path) -> None:
     prove(repo, image, "--sign", "target=multi-user", code=0)
     proof = prove(repo, image, "--sign", "target=graphical", code=1, timeout=10)
     assert proof["cause"] == "timeout"
+
+
+@pytest.mark.parametrize("bus", BUSES)
+def test_every_bus_and_card_runs(repo: Path, tmp_path: Path, bus: str) -> None:
+    image = make_image(repo, tmp_path, printing("\nweb1 login: "))
+    repository = Repository.open(str(repo))
+    cards = list(CARDS)
+    hardware = Hardware(bus=bus, card=cards[list(BUSES).index(bus) % len(cards)], memory=128 << 20)
+    with image_drives(repository, repository.manifest(image)) as drives:
+        job = MachineJob(hardware, drives, "tcg", network="isolated")
+        with running_machine(job) as machine:
+            outcome, evidence = watch(machine, Sign(), timeout_seconds=120)
+    assert outcome.proved, evidence.console
+
+
+def test_several_disks(repo: Path, tmp_path: Path) -> None:
+    """It boots from the first; overlays that are kept have a file each."""
+    first, second = tmp_path / "first.img", tmp_path / "second.img"
+    code = printing("\nweb1 login: ").ljust(510, b"\0") + b"\x55\xaa"
+    first.write_bytes(code + bytes(1 << 20))
+    second.write_bytes(b"data" * (1 << 18))
+    words = ("capture", first, second, "--name", "web1", "--repo", repo, "--json")
+    image = imager(*words).json["image"]
+    assert prove(repo, image, code=0)["verdict"] == "proved"
+    overlay = tmp_path / "run.qcow2"
+    repository = Repository.open(str(repo))
+    job = BootJob(overlay=overlay, acceleration="tcg", memory=128 << 20)
+    for _ in range(2):  # made, and gone on with
+        with booted(repository, repository.manifest(image), NullProgress(), job) as machine:
+            assert machine.control.execute("query-status")["running"]
+    assert sorted(path.name for path in tmp_path.glob("run.*")) == [
+        "run.qcow2.first",
+        "run.qcow2.second",
+    ]
+    made = imager("commit", overlay, "--repo", repo, "--json").json
+    before = [disk.root for disk in repository.manifest(image).disks]
+    assert [disk["root"] for disk in made["disks"]] == before
