@@ -16,6 +16,9 @@ _READERS = {
     "ext3": ("ext", "ExtReader"),
     "ext4": ("ext", "ExtReader"),
     "btrfs": ("btrfs.reader", "BtrfsReader"),
+    "exfat": ("foreign", "ExfatReader"),
+    "ntfs": ("foreign", "NtfsReader"),
+    "vfat": ("foreign", "FatReader"),
     "xfs": ("xfs.reader", "XfsReader"),
 }
 

@@ -44,6 +44,7 @@ HOMES = {
     "typer": ("imager.cli", "imager.__main__"),
     "click": ("imager.cli", "imager.__main__"),
     "tqdm": ("imager.cli.bars",),
+    "fs_explorer": ("imager.files.foreign",),
     "mfusepy": ("imager.fuseserver",),
     "pycdlib": ("bootmedia.iso", "imager.store.iso"),
     "numpy": (),
