@@ -68,7 +68,8 @@ def rollback(
     progress: ProgressOption = "auto",
 ) -> int:
     """Put a disk back to an image of it, writing only what differs. Interrupted, run it again."""
-    from imager.errors import UsageError
+    from imager.deviceuse import uses_of
+    from imager.errors import RefusedError, UsageError
 
     if cancel or status:
         if image is not None or (cancel and status) or at_boot:
@@ -83,7 +84,12 @@ def rollback(
             repository, pairs, network=network, yes=yes, json=json, progress=progress
         )
     prepared = plan_rollback(repository, image, disks or [], read_back=read_back)
-    return carry_out(repository, prepared, yes=yes, json=json, progress=progress)
+    try:
+        return carry_out(repository, prepared, yes=yes, json=json, progress=progress)
+    except RefusedError as error:
+        if any(uses_of(item.target) for *_, item in prepared if item.target_exists):
+            error.hint = "--at-boot rolls a running system back at its next start"
+        raise
 
 
 def own_disks(

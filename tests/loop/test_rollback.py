@@ -17,9 +17,11 @@ from tests.support.disks import (
     MIB,
     digest,
     loop_disk,
+    make_filesystem,
     make_gpt,
     make_random,
     make_sparse,
+    mounted,
     needs_loop,
     read_at,
     write_at,
@@ -138,6 +140,16 @@ def tear(image: Path, writes: list[Write], chance: random.Random) -> None:
                 if number < flushed or chance.random() < share:
                     file.seek(write.offset + at)
                     file.write(write.data[at : at + SECTOR])
+
+
+def test_a_disk_in_use(tmp_path: Path, repo: Path) -> None:
+    disk = make_sparse(tmp_path / "server.img", SIZE)
+    with loop_disk(disk) as device:
+        make_filesystem(device, "ext4")
+        image = captured(disk, repo)
+        with mounted(device, tmp_path / "mnt"):
+            outcome = imager("rollback", image, device, "--yes", "--repo", repo, code=4)
+    assert "is mounted at" in outcome.err and "--at-boot" in outcome.err
 
 
 def test_another_disk_is_refused(tmp_path: Path, repo: Path, server: Path) -> None:
