@@ -95,7 +95,7 @@ def prove(
     job = ProveJob(
         sign=parse_sign(sign),
         timeout_seconds=timeout or TIMEOUT_SECONDS,
-        acceleration=accel,
+        acceleration=_acceleration(accel),
         firmware=_firmware(firmware),
         memory=_memory(memory),
         cpus=cpus,
@@ -152,7 +152,7 @@ def boot(
     forwards = _forwards(forward or [])
     job = BootJob(
         overlay=overlay,
-        acceleration=accel,
+        acceleration=_acceleration(accel),
         firmware=_firmware(firmware),
         memory=_memory(memory),
         cpus=cpus,
@@ -237,6 +237,15 @@ def _firmware(text: str | None) -> str | None:
 
     if text is not None and text not in FIRMWARES:
         raise UsageError(f"--firmware {text}: it can be {', '.join(FIRMWARES)}")
+    return text
+
+
+def _acceleration(text: str) -> str:
+    from imager.acceleration import ACCELERATIONS
+    from imager.errors import UsageError
+
+    if text not in ACCELERATIONS:
+        raise UsageError(f"--accel {text}: it can be {', '.join(ACCELERATIONS)}")
     return text
 
 
