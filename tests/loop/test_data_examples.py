@@ -18,7 +18,7 @@ import pytest
 from imager.errors import ToolError
 from imager.process import follow, run
 from tests.support.commandline import CHECKOUT, imager
-from tests.support.disks import MIB, make_filesystem, make_sparse, needs_loop
+from tests.support.disks import MIB, loop_disk, make_filesystem, make_sparse, needs_loop
 
 pytestmark = needs_loop
 
@@ -38,9 +38,9 @@ def scratch() -> Iterator[Path]:
 
 
 def configure(
-    example: str, scratch: Path, places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    example: str, scratch: Path, places: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The example's own configuration, at other places."""
+    """The example's own configuration, with other places and commands."""
     text = (EXAMPLES / example / "imager.toml").read_text()
     for old, new in places.items():
         assert old in text, f"{old} is not in the example {example}"
@@ -54,9 +54,11 @@ def capture(scratch: Path) -> str:
     """A small disk stands for the server's; what matters here is beside it."""
     disk = make_sparse(scratch / "disk", 4 * MIB)
     make_filesystem(disk, "ext4")
-    words = ("capture", disk, "--repo", scratch / "images", "--init", "--name", "server", "--data")
-    document = imager(*words, "--json").json
+    with loop_disk(disk) as device:
+        words = ("capture", device, "--repo", scratch / "images", "--init", "--name", "server")
+        document = imager(*words, "--json").json
     assert [item["error"] for item in document["data"]] == [None]
+    assert not [item for item in document.get("hooks", []) if item["error"]]
     return str(document["id"])
 
 
@@ -117,7 +119,7 @@ def test_postgresql(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store.mkdir()
     shutil.chown(store, "postgres", "postgres")
     shutil.copy(EXAMPLES / "postgresql/postgresql-data", script)
-    places = {
+    places: dict[str, object] = {
         "/backup/postgresql": store,
         "/var/lib/postgresql/15/main": cluster.data,
         "/etc/imager/postgresql-data": script,
@@ -239,10 +241,12 @@ def test_mail_server(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secret.write_text("correct horse\n")
     run(["restic", "init", "-r", str(store), "--password-file", str(secret)])
     monkeypatch.setenv("RESTIC_CACHE_DIR", str(scratch / "cache"))
-    places = {
+    places: dict[str, object] = {
         "/backup/restic": store,
         "/etc/imager/restic.password": secret,
         "/srv/mail": server.mail,
+        'systemctl", "stop", "postfix"': f'postfix", "-c", "{server.postfix}", "stop"',
+        'systemctl", "start", "postfix"': f'postfix", "-c", "{server.postfix}", "start"',
     }
     configure("mail", scratch, places, monkeypatch)
     expected = [f"hello {number}" for number in range(3)]
@@ -251,10 +255,12 @@ def test_mail_server(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             server.send(number)
         wait_for("three messages", lambda: server.subjects() == expected)
         image = capture(scratch)
+        server.send(3)  # Postfix is running again
+        wait_for("the fourth message", lambda: len(server.subjects()) == 4)
     shutil.rmtree(server.mail)
     server.make_mail_folder()
     bring_back(scratch, image)
     with server.running():
         assert server.subjects() == expected
-        server.send(3)
-        wait_for("the next message", lambda: server.subjects() == [*expected, "hello 3"])
+        server.send(4)
+        wait_for("the next message", lambda: server.subjects() == [*expected, "hello 4"])
