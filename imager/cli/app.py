@@ -15,6 +15,7 @@ from imager.cli import (
     images,
     media,
     mounting,
+    moving,
     removing,
     repo,
     reporting,
@@ -69,6 +70,8 @@ app.command("guard")(guarding.guard)
 app.command("mount")(mounting.mount)
 app.command("umount")(mounting.umount)
 app.command("serve")(serving.serve)
+app.command("export")(moving.export)
+app.command("import")(moving.import_file)
 app.command("prove")(booting.prove)
 app.command("boot")(booting.boot)
 app.command("commit")(booting.commit)

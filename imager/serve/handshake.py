@@ -79,7 +79,7 @@ class _Handshake:
         flags = wire.Handshake.FIXED_NEWSTYLE | wire.Handshake.NO_ZEROES
         self._stream.send([wire.GREETING.pack(wire.INIT_MAGIC, wire.OPTION_MAGIC, flags)])
         (client,) = wire.CLIENT_FLAGS.unpack(self._read(wire.CLIENT_FLAGS.size))
-        if client & ~flags or not client & wire.Handshake.FIXED_NEWSTYLE:
+        if client & ~int(flags) or not client & wire.Handshake.FIXED_NEWSTYLE:
             raise StreamEnded  # by the protocol: nothing that could be answered
         padding = b"" if client & wire.Handshake.NO_ZEROES else wire.EXPORT_PADDING
         for _ in range(_MAX_OPTIONS):

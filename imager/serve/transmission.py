@@ -126,7 +126,7 @@ class _Transmission:
         else:
             return Error.EINVAL
         # A flag that is always allowed, and has no meaning where nothing is written.
-        if request.flags & ~known & ~CommandFlag.FUA:
+        if request.flags & ~int(known | CommandFlag.FUA):
             return Error.EINVAL
         if request.command == Command.FLUSH:
             return None

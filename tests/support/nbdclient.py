@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -58,6 +59,11 @@ class NbdClient:
                 raise EOFError
             content += part
         return content
+
+    def hang_up(self) -> None:
+        """Send no more, but go on to listen."""
+        with suppress(OSError):  # the server was quicker
+            self.socket.shutdown(socket.SHUT_WR)
 
     # --- options ---
 
