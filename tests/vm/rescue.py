@@ -12,7 +12,7 @@ from tests.support.commandline import imager_alone
 # Whole lines: the end of one may come later than its start.
 READY = r"imager-rescue: ready .*\n"
 RESULT = r"imager-rescue: result exit=(\d+) .*\n"
-READY_SECONDS = 150
+READY_SECONDS = 300
 """15 to 25 s on an idle machine of two cores, several times that on a loaded one."""
 
 MENU = r"menu, 1 to 9 \(Enter: show it\)\? "

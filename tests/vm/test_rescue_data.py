@@ -14,7 +14,7 @@ from tests.support.disks import MIB, make_filesystem, make_random, make_sparse, 
 from tests.vm.rescue import CHOICE, YES_NO, Person, build
 from tests.vm.rescuedisks import seconds_of
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(2 * BOOT_SECONDS)]
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(3 * BOOT_SECONDS)]
 
 PART_MIB = 94
 SECRET = "correct horse\n"
