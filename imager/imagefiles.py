@@ -22,6 +22,11 @@ class Opened:
     reader: Reader
     found: Found
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What people should know of the filesystem's state."""
+        return self.reader.notes or self.volume.filesystem.notes
+
 
 @contextmanager
 def opened(

@@ -5,7 +5,10 @@ The loop device detaches itself with the mount, and the server of the file ends 
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,6 +16,11 @@ from pathlib import Path
 from imager.coverage.files import DRIVERS, require_source
 from imager.errors import ImagerError, ToolError
 from imager.process import run
+
+# linux/loop.h
+_GET_FREE, _CONFIGURE = 0x4C82, 0x4C0A
+_AUTOCLEAR = 4
+_TRIES = 50
 
 _OTHERWISE = "imager files reads many kinds without the kernel"
 _MOUNTED_BTRFS = Path("/sys/fs/btrfs")
@@ -42,20 +50,38 @@ def mount_read_only(
 
 @contextmanager
 def _passing_loop(file: Path, sector_size: int) -> Iterator[str]:
-    """A loop device that goes when the block ends, unless it is mounted then, and else with the
-    mount: to detach one that is open only marks it (LO_FLAGS_AUTOCLEAR, drivers/block/loop.c)."""
-    made = run(["losetup", "--find", "--show", f"--sector-size={sector_size}", str(file)])
-    device = made.stdout.decode().strip()
+    """A loop device that goes when the block ends or this process is killed, unless it is mounted
+    then, and else with the mount. losetup(8) can't do that in one step."""
+    with _opened(file, os.O_RDWR) as backing:
+        for _ in range(_TRIES):
+            with _opened(Path("/dev/loop-control"), os.O_RDWR) as control:
+                path = Path(f"/dev/loop{fcntl.ioctl(control, _GET_FREE)}")
+            with _opened(path, os.O_RDWR) as device:
+                try:
+                    fcntl.ioctl(device, _CONFIGURE, _configuration(backing, sector_size, file))
+                except OSError as error:
+                    if error.errno == errno.EBUSY:  # somebody else took it first
+                        continue
+                    raise
+                yield str(path)
+                return
+    raise ToolError("there is no free loop device")
+
+
+def _configuration(backing: int, sector_size: int, file: Path) -> bytes:
+    """struct loop_config of linux/loop.h."""
+    name = os.fsencode(file)[:63]
+    info = struct.pack("=5Q4I64s64s32s2Q", 0, 0, 0, 0, 0, 0, 0, 0, _AUTOCLEAR, name, b"", b"", 0, 0)
+    return struct.pack("=II232s64x", backing, sector_size, info)
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
     try:
-        held = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        run(["losetup", "--detach", device])
-        raise
-    try:
-        run(["losetup", "--detach", device])
-        yield device
+        yield descriptor
     finally:
-        os.close(held)
+        os.close(descriptor)
 
 
 def _explained(kind: str, said: str) -> str:

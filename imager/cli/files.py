@@ -206,7 +206,7 @@ def _opened(
     address = parse_address(place)
     _, disks = find_disks(open_repository(repo), address.image)
     with opened(lambda: open_repository(repo), disks, address.rest, follow=follow) as found:
-        for note in found.reader.notes if not quiet else ():
+        for note in found.notes if not quiet else ():
             print(f"note: {found.volume.name}: {note}", file=sys.stderr)
         yield found
 

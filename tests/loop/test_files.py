@@ -200,6 +200,26 @@ main()
     assert not (public / "tree/node").exists()
 
 
+def test_a_damaged_block_takes_its_file_only(tmp_path: Path) -> None:
+    """Exit code 3, the damaged file left out and named, all else copied."""
+    part = make_image(tmp_path / "sda", ["mkfs.ext4", "-q", "-F", "-E", "nodiscard"], 16 * MIB)
+    noise = os.urandom(1 << 20)
+    with mounted(part) as root:
+        (root / "before").write_text("before")
+        (root / "noise").write_bytes(noise)
+        (root / "then").write_text("then")
+    Repository.create(str(tmp_path / "repo"), block_size=64 << 10)
+    imager("capture", part, "--name", "web", "--repo", tmp_path / "repo")
+    for path in (tmp_path / "repo/packs").rglob("*.pack"):
+        at = path.read_bytes().find(noise[500_000:500_100])
+        if at >= 0:
+            write_at(path, at, b"\0" * 10)
+    to = tmp_path / "to"
+    outcome = imager("files", "cp", "-r", "web@latest:/", to, "--repo", tmp_path / "repo", code=3)
+    assert "/noise: " in outcome.err and ".pack" in outcome.err
+    assert sorted(path.name for path in to.iterdir()) == ["before", "lost+found", "then"]
+
+
 # --- reading ---
 
 
