@@ -61,7 +61,6 @@ class Job(JsonRecord):
     gc: str = "weekly"
     consistency: str = "auto"
     exclude_partitions: tuple[str, ...] = ()
-    track: bool = False
     nice: int = 10
     io: str = "idle"
     cpu_weight: int = 20

@@ -13,6 +13,7 @@ from typing import Any
 from imager.data.model import backups_of
 from imager.errors import ImagerError
 from imager.gc import collect
+from imager.imaging import Imaged
 from imager.joblocks import hold_disks, hold_job
 from imager.jobrecord import (
     FAILED,
@@ -47,7 +48,7 @@ class Capturing:
 
     paths: Callable[[Job], list[str]]
     repository: Callable[[Job], Repository]
-    take: Callable[[Job, list[str], Repository, Progress], Manifest]
+    take: Callable[[Job, list[str], Repository, Progress], Imaged]
 
 
 OnEnd = Callable[[Job, JobRun, JobRun | None], object]
@@ -126,6 +127,8 @@ class _Run:
             raise
 
     def _note(self, result: str, text: str, code: int) -> None:
+        if self._run.image and self._run.error:
+            text = f"{self._run.error}\n{text}"
         if self._run.result == PARTIAL and result == INCOMPLETE:
             result, code = PARTIAL, PARTIAL_CODE  # the holes weigh more
         self._run = replace(self._run, result=result, error=text, exit_code=code)
@@ -135,8 +138,8 @@ class _Run:
         repository = self._capturing.repository(self._job)
         self._run = replace(self._run, repository=repository.store.url)
         with hold_disks(paths, self._progress.note):
-            manifest = self._capturing.take(self._job, paths, repository, self._progress)
-        counts = manifest.statistics
+            imaged = self._capturing.take(self._job, paths, repository, self._progress)
+        manifest, counts = imaged.manifest, imaged.manifest.statistics
         self._run = replace(
             self._run,
             result=PARTIAL if manifest.partial else GOOD,
@@ -153,6 +156,9 @@ class _Run:
             freeze_milliseconds=_freeze_milliseconds(manifest),
             data=tuple(_data_results(manifest)),
         )
+        if not imaged.whole and not manifest.partial:
+            text = "the image is there, but a hook, a data backup or a proof failed"
+            self._note(INCOMPLETE, text, PARTIAL_CODE)
         return manifest, repository
 
     def _prune(self, repository: Repository, manifest: Manifest) -> None:
@@ -178,8 +184,8 @@ def _count(counts: dict[str, Any], key: str) -> int:
 
 def _freeze_milliseconds(manifest: Manifest) -> int | None:
     """How long the filesystems stood still, where they did."""
-    value = manifest.document.get("freeze_milliseconds", manifest.statistics.get("freeze_ms"))
-    return value if type(value) is int and value >= 0 else None
+    freeze = manifest.document.get("freeze")
+    return _count(freeze, "milliseconds") if isinstance(freeze, dict) else None
 
 
 def _data_results(manifest: Manifest) -> Iterator[DataResult]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from imager.errors import UsageError
 
@@ -10,6 +11,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:iB|B)?\Z", re.IGNORECASE)
 
 
+@lru_cache(1 << 12)  # a long list says the same sizes again and again
 def show_bytes(count: int) -> str:
     """``1.5 GiB``: three digits or so, in binary units."""
     value = float(count)

@@ -17,15 +17,13 @@ def print_table(
     header: Sequence[str], rows: Sequence[Sequence[object]], *, right: str = ""
 ) -> None:
     """Columns as wide as they must be; ``right`` names the columns to align to the right."""
-    texts = [[str(cell) for cell in row] for row in rows]
-    widths = [max(len(line[n]) for line in [list(header), *texts]) for n in range(len(header))]
-    numeric = [name in right.split() for name in header]
-    for line in [list(header), *texts]:
-        cells = (
-            cell.rjust(width) if is_right else cell.ljust(width)
-            for cell, width, is_right in zip(line, widths, numeric, strict=True)
-        )
-        print("  ".join(cells).rstrip())
+    columns = [[str(cell) for cell in column] for column in zip(header, *rows, strict=True)]
+    cells = [
+        f"{{:{'>' if name in right.split() else '<'}{max(map(len, column))}}}"
+        for name, column in zip(header, columns, strict=True)
+    ]
+    line = "  ".join(cells).format
+    print("\n".join(line(*row).rstrip() for row in zip(*columns, strict=True)))
 
 
 def _encode(value: object) -> Any:

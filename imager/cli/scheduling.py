@@ -12,10 +12,10 @@ from imager.cli.output import print_json, print_table
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from imager.imaging import Imaged
     from imager.jobrecord import JobRun
     from imager.jobs import Job
     from imager.jobstatus import Status
-    from imager.manifest import Manifest
     from imager.progress import Progress
     from imager.repository import Repository
     from imager.schedule import Capturing
@@ -69,9 +69,6 @@ def add(
         list[str] | None,
         typer.Option("--exclude-partitions", help="As of imager capture; may be given again."),
     ] = None,
-    track: Annotated[
-        bool, typer.Option("--track", help="Read only what imager track saw change.")
-    ] = False,
     nice: Annotated[int, typer.Option(min=0, max=19, help="CPU priority, 19 is the least.")] = 10,
     io: Annotated[
         str, typer.Option(metavar="idle|best-effort", help="I/O priority: only when idle, or low.")
@@ -110,7 +107,6 @@ def add(
         gc=gc,
         consistency=consistency,
         exclude_partitions=tuple(exclude_partitions or ()),
-        track=track,
         nice=nice,
         io=io,
         cpu_weight=cpu_weight,
@@ -251,8 +247,6 @@ def _check_capture(job: Job) -> None:
 
     if job.consistency not in ("auto", "offline", "none"):
         raise UsageError(f"--consistency {job.consistency}: it can be auto, offline or none")
-    if job.track:
-        raise UsageError("--track is not known to this version")
 
 
 def _paths(job: Job) -> list[str]:
@@ -268,7 +262,7 @@ def _repository(job: Job) -> Repository:
     return _open_or_make(repository_url(job.repo), False)
 
 
-def _take(job: Job, paths: list[str], repository: Repository, progress: Progress) -> Manifest:
+def _take(job: Job, paths: list[str], repository: Repository, progress: Progress) -> Imaged:
     from imager.imaging import ImagingJob, run
 
     taken = ImagingJob(
@@ -278,7 +272,7 @@ def _take(job: Job, paths: list[str], repository: Repository, progress: Progress
         consistency=job.consistency,
         exclude_partitions=job.exclude_partitions,
     )
-    return run(taken, lambda: repository, progress).manifest
+    return run(taken, lambda: repository, progress)
 
 
 def _tell(progress: Progress, job: Job, run: JobRun, before: JobRun | None) -> None:

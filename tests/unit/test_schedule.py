@@ -64,7 +64,6 @@ def test_a_job_comes_back_as_it_was_written() -> None:
         repo=f"/{odd}",
         keep=Keep(last=0, daily=3),
         exclude_partitions=("4",),
-        track=True,
         nice=0,
     )
     save_job(job)
