@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import select
 import random
+import select
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
