@@ -151,21 +151,36 @@ def parse_page(page: bytes, kind: EventFormat, found: Drained) -> None:
 class BlockTrace:
     """The writes to one disk from now on. A context manager; used by one thread at a time."""
 
-    def __init__(self, disk: str, *, buffer_kib: int | None = None) -> None:
+    def __init__(
+        self,
+        disk: str,
+        *,
+        buffer_kib: int | None = None,
+        kept: str | None = None,
+        overruns: int | None = None,
+    ) -> None:
         """``disk``: ``major:minor`` of a whole disk, as its requests name it; ``buffer_kib``: of
-        each CPU.
+        each CPU; ``kept``: name of an instance that outlives this process when it is left, and
+        ``overruns``: what it had counted then (``leave``), to go on with it.
 
         Raises ToolError where the kernel has no tracefs or not this event, or we are not root.
         """
         root = tracefs()
         remove_stale(root)
-        self._folder = root / "instances" / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+        name = kept or f"{os.getpid()}-{secrets.token_hex(4)}"
+        self._folder = root / "instances" / f"{_PREFIX}{name}"
         self._fds: list[int] = []
         self._waker = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._overruns: dict[Path, int] = {}
+        self._overruns = 0
         try:
-            self._folder.mkdir()
-            self._start(root, disk, buffer_kib)
+            goes_on = overruns is not None and self._folder.exists()
+            if not goes_on:
+                _remove_instance(self._folder)
+                self._folder.mkdir()
+            self._start(root, disk, buffer_kib, goes_on=goes_on)
+            # One that has gone meanwhile saw nothing: the first reading says that events are lost.
+            self._overruns = self._count_overruns() if overruns is None else overruns
+            self._is_lost = overruns is not None and not goes_on
         except OSError as error:
             self._remove()
             raise ToolError(
@@ -176,7 +191,7 @@ class BlockTrace:
             self._remove()
             raise
 
-    def _start(self, root: Path, disk: str, buffer_kib: int | None) -> None:
+    def _start(self, root: Path, disk: str, buffer_kib: int | None, *, goes_on: bool) -> None:
         event = self._folder / "events/block" / _EVENT
         if not event.exists():
             raise ToolError(f"this kernel has no tracepoint {_EVENT}")
@@ -185,13 +200,14 @@ class BlockTrace:
         self.format = EventFormat.parse(page, (event / "format").read_text())
         self._cpus = sorted((self._folder / "per_cpu").iterdir())
         size = buffer_kib or max(_BUFFER_KIB // len(self._cpus), _LEAST_KIB)
-        (self._folder / "buffer_size_kb").write_text(str(size))
-        major, minor = map(int, disk.split(":"))
-        # MAJOR and MINOR of the kernel's own dev_t. Of what is no read, only what has sectors or
-        # is a command (N) counts; flushes have none.
-        (event / "filter").write_text(
-            f'dev == {major << 20 | minor} && !(rwbs ~ "R*") && (nr_sector > 0 || rwbs ~ "N*")'
-        )
+        if not goes_on:
+            (self._folder / "buffer_size_kb").write_text(str(size))
+            major, minor = map(int, disk.split(":"))
+            # MAJOR and MINOR of the kernel's own dev_t. Of what is no read, only what has sectors
+            # or is a command (N) counts; flushes have none.
+            (event / "filter").write_text(
+                f'dev == {major << 20 | minor} && !(rwbs ~ "R*") && (nr_sector > 0 || rwbs ~ "N*")'
+            )
         for cpu in self._cpus:
             self._fds.append(
                 os.open(cpu / "trace_pipe_raw", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -200,7 +216,6 @@ class BlockTrace:
         for fd in self._fds:
             self._poll.register(fd, select.POLLIN)
         self._poll.register(self._waker, select.POLLIN)
-        self._overruns = {cpu: _overrun(cpu) for cpu in self._cpus}
         (event / "enable").write_text("1")
         # Twice what fits into the buffer: what comes later need not be in this reading.
         self._most_pages = max(2 * size * 1024 // self.format.page_bytes, 16)
@@ -210,6 +225,14 @@ class BlockTrace:
 
     def __exit__(self, *_: object) -> None:
         self._remove()
+
+    def leave(self) -> int:
+        """End here, and let the kernel go on gathering; the number for ``overruns``.
+
+        What ``drain`` has not brought is for the one who goes on.
+        """
+        self._close()
+        return self._overruns
 
     def wait(self, seconds: float) -> None:
         """Until a buffer is filled by half, the time is over, or ``wake`` is called."""
@@ -221,8 +244,9 @@ class BlockTrace:
 
     def drain(self) -> Drained:
         """All events that the buffers held when this was called, and maybe some more."""
-        found = Drained([])
-        for fd, cpu in zip(self._fds, self._cpus, strict=True):
+        found = Drained([], lost=self._is_lost)
+        self._is_lost = False
+        for fd in self._fds:
             for _ in range(self._most_pages):
                 try:
                     page = os.read(fd, self.format.page_bytes)
@@ -231,15 +255,21 @@ class BlockTrace:
                 if not page:
                     break
                 parse_page(page, self.format, found)
-            count = _overrun(cpu)
-            if count != self._overruns[cpu]:
-                self._overruns[cpu] = count
-                found.lost = True
+        count = self._count_overruns()
+        if count != self._overruns:
+            self._overruns = count
+            found.lost = True
         return found
 
-    def _remove(self) -> None:
+    def _count_overruns(self) -> int:
+        return sum(_overrun(cpu) for cpu in self._cpus)
+
+    def _close(self) -> None:
         for fd in [*self._fds, self._waker]:
             os.close(fd)
+
+    def _remove(self) -> None:
+        self._close()
         _remove_instance(self._folder)
 
 
@@ -252,6 +282,11 @@ def tracefs() -> Path:
             f"there is no tracefs at {TRACEFS}", hint="writes cannot be seen on this kernel"
         )
     return TRACEFS
+
+
+def remove_kept(kept: str) -> None:
+    """Remove an instance that was left."""
+    _remove_instance(tracefs() / "instances" / f"{_PREFIX}{kept}")
 
 
 def remove_stale(root: Path) -> None:

@@ -21,13 +21,14 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from random import randrange
 from typing import Any, Protocol
 
 from imager.blockmap import BlockMap, Run
 from imager.blockstoring import BlockStorer, FinishedMap, MapEntry, MapStorer, Statistics
 from imager.errors import ImagerError
 from imager.extents import Extents
-from imager.format import State
+from imager.format import State, digest_of
 from imager.layout import DiskLayout
 from imager.manifest import Disk
 from imager.pack import Packer
@@ -45,6 +46,9 @@ _MOST_PASSES = 8
 
 # What is read within the freeze stays in memory until the thaw.
 _HELD_BYTES = 256 << 20
+
+# Blocks that a record calls unchanged and that are read and compared all the same.
+_SAMPLE = 16
 
 _FREEZES = 4
 _RESCANS = 3
@@ -104,6 +108,9 @@ class LiveResult:
     """Times that all was read again, because events were lost."""
     commands: int = 0
     """SCSI or NVMe commands that bypass the block layer; what they wrote is unknown."""
+    sampled_blocks: int = 0
+    lie: str | None = None
+    """What was found changed that the record called unchanged; all was read again then."""
     since: list[str | None] = field(default_factory=list)
     """For each disk the image whose blocks were taken over unread."""
 
@@ -137,6 +144,7 @@ class LiveDisk:
         self._final = final
         self._stored = stored
         self._changes: dict[int, MapEntry] = {}
+        self._sample: list[Run] = []
         self._map: BlockMap | None = None
         self.pending = Extents()
 
@@ -151,6 +159,7 @@ class LiveDisk:
         """Read all that is used; with a base, what changed since is pending."""
         self.used = used
         self._changes.clear()
+        self._sample.clear()
         self.pending = Extents()
         source, unit = self.storer.source, self.storer.block_size
         if self.base is not None:
@@ -170,11 +179,19 @@ class LiveDisk:
         self._map = _block_map(repository, source.size, unit, done)
 
     def _not_shared(self) -> Iterator[tuple[int, int]]:
-        """Blocks of the base whose packs are gone or going."""
+        """Blocks of the base whose packs are gone or going. Draws the sample on its way."""
         assert self._map is not None
         unit = self.storer.block_size
+        seen = 0
         for run in self._map.runs():
-            if run.place is not None and self._entry(run) is None:
+            if run.place is None:
+                continue
+            seen += 1  # each block has the same chance to be in the sample
+            if len(self._sample) < _SAMPLE:
+                self._sample.append(run)
+            elif (at := randrange(seen)) < _SAMPLE:
+                self._sample[at] = run
+            if self._entry(run) is None:
                 yield run.first * unit, unit
 
     def _entry(self, run: Run) -> MapEntry | None:
@@ -215,6 +232,28 @@ class LiveDisk:
         wanted = self.blocks_of(self.pending)
         self.pending = Extents()
         return self.storer.hold(wanted)
+
+    def hold_sample(self) -> list[Span]:
+        """Of the blocks that need no reading, those that are compared."""
+        unit = self.storer.block_size
+        unchanged = [
+            (run.first * unit, unit)
+            for run in self._sample
+            if run.first not in self._changes
+            and next(self.pending.within(run.first * unit, unit), None) is None
+        ]
+        size = self.storer.source.size
+        return self.storer.hold(self.used.intersect(Extents(unchanged).clip(0, size)))
+
+    def lies(self, sample: Sequence[Span]) -> list[int]:
+        """Offsets of the blocks that are not what the base has there."""
+        digests = {run.first: run.digest for run in self._sample}
+        return [
+            span.offset
+            for span in sample
+            if digest_of(span.buffer.view[: span.length])
+            != digests[span.offset // self.storer.block_size]
+        ]
 
     def change(self, number: int, entry: MapEntry) -> None:
         self._changes[number] = entry
@@ -310,6 +349,7 @@ class LiveCapture:
         self.layouts: Sequence[DiskLayout] = ()
         """As they were at the freeze."""
         self.result = LiveResult()
+        self._samples: list[list[Span]] = []
 
     def run(self) -> None:
         """Read and store everything but the maps: those are each disk's ``finish``.
@@ -323,7 +363,8 @@ class LiveCapture:
             except _EventsLost:
                 if attempt == _RESCANS:
                     break
-                self._progress.note("events of the kernel were lost: all is read again")
+                why = self.result.lie or "events of the kernel were lost"
+                self._progress.note(f"{why}: all is read again")
                 self.result.rescans += 1
                 for disk in self.disks:
                     disk.base = None
@@ -375,6 +416,7 @@ class LiveCapture:
                 return False
             freeze.end()
         self.result.freeze_milliseconds = freeze.milliseconds
+        self._compare()
         for disk, spans in held:
             disk.storer.store_held(spans, disk.change, self._progress)
             self._count(sum(span.read_bytes for span in spans))
@@ -388,6 +430,7 @@ class LiveCapture:
             disk.note_layout(captured(layout, all_blocks=self._all_blocks))
         held: list[tuple[LiveDisk, list[Span]]] = []
         room = _HELD_BYTES
+        self._samples = [disk.hold_sample() for disk in self.disks]
         for _ in range(_LATE_READS):
             left = sum(disk.pending_bytes() for disk in self.disks)
             room -= left
@@ -399,6 +442,18 @@ class LiveCapture:
                 break
         self.result.unfrozen_bytes = left
         return held
+
+    def _compare(self) -> None:
+        """Whether what the record calls unchanged is; else nothing of it is believed."""
+        for disk, sample in zip(self.disks, self._samples, strict=True):
+            self.result.sampled_blocks += len(sample)
+            if lies := disk.lies(sample):
+                unit = disk.storer.block_size
+                self.result.lie = (
+                    f"{disk.storer.source.path}: the record of writes calls {unit} bytes at byte "
+                    f"{lies[0]} unchanged, and they are not"
+                )
+                raise _EventsLost
 
     def _take(self) -> int:
         """Note what was written; the bytes that are to be read now."""

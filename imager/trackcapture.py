@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 
 from imager.blocktrace import disk_of, tracefs
 from imager.capture import CaptureJob, SourceDisk, capture
 from imager.deviceuse import live_filesystems
 from imager.errors import ImagerError
+from imager.extents import Extents
 from imager.layout import DiskLayout, Volume, read_layouts
-from imager.livecapture import Frozen
+from imager.livecapture import Base, Frozen
 from imager.manifest import Manifest
 from imager.process import run
 from imager.progress import Progress
 from imager.repository import Repository
 from imager.tracking import WriteTracker, Written
+from imager.trackrecord import BaseRecord, TrackClient
 
 # Of the kernel's buffer for each CPU, after events were lost; doubled each time.
 _LARGER_KIB = 16 << 10
@@ -50,9 +52,28 @@ class DiskTracker:
         Raises ImagerError as ``capture``, and when they are written too fast.
         """
         with TrackedDisks(job.disks, still, buffer_kib=self._buffer_kib) as live:
-            manifest = capture(replace(job, live=live), repository, progress)
+            live.begin(job, repository, progress)
+            told = replace(job, live=live, bases=live.bases, committed=live.commit)
+            manifest = capture(told, repository, progress)
         _tell(manifest, progress)
         return manifest
+
+
+def _base(client: TrackClient, disk: SourceDisk, name: str, repository: Repository) -> Base | str:
+    """The image that a service's record begins with, or why it is of no use here."""
+    record, written, reason = client.begin()
+    if record is None:
+        return reason
+    if record.repository != repository.id or record.disk != disk.name:
+        return f"the image {record.image} is of another repository, or has another name for it"
+    try:
+        manifest = repository.manifest(record.image)
+        repository.block_map(found := next(d for d in manifest.disks if d.name == record.disk))
+    except (ImagerError, StopIteration):
+        return f"the image {record.image} has gone"
+    if manifest.name != name or found.size != disk.source.size:
+        return f"the image {record.image} is of another machine"
+    return Base(record.image, found, record.used, written.extents)
 
 
 def _tell(manifest: Manifest, progress: Progress) -> None:
@@ -63,6 +84,8 @@ def _tell(manifest: Manifest, progress: Progress) -> None:
             f"{tracked['commands']} commands went to the disk past the block layer (SG_IO, NVMe "
             "passthrough): if one of them wrote, the image may lack it"
         )
+    if tracked["lie"]:
+        progress.note(f"{tracked['lie']}; its tracking is off: imager track stop, then start it")
     if tracked["unfrozen_bytes"]:
         progress.note(
             f"{tracked['unfrozen_bytes']} bytes were written during the freeze by something that "
@@ -80,7 +103,9 @@ class TrackedDisks:
         self._still = still
         self._buffer_kib = buffer_kib
         self._stack = ExitStack()
-        self._trackers: list[WriteTracker] = []
+        self._trackers: list[WriteTracker | TrackClient] = []
+        self._repository = ""
+        self.bases: dict[str, Base] = {}
 
     def __enter__(self) -> TrackedDisks:
         self._start()
@@ -91,15 +116,45 @@ class TrackedDisks:
 
     def _start(self) -> None:
         try:
-            self._trackers = [
-                self._stack.enter_context(
-                    WriteTracker(disk.source.path, disk.source.size, buffer_kib=self._buffer_kib)
-                )
-                for disk in self._disks
-            ]
+            self._trackers = [self._tracker(disk) for disk in self._disks]
         except BaseException:
             self._stack.close()
             raise
+
+    def _tracker(self, disk: SourceDisk) -> WriteTracker | TrackClient:
+        """The service of the disk, if there is one."""
+        path = disk.source.path
+        with suppress(ImagerError):
+            return self._stack.enter_context(TrackClient(path))
+        tracker = WriteTracker(path, disk.source.size, buffer_kib=self._buffer_kib)
+        return self._stack.enter_context(tracker)
+
+    def _clients(self) -> Iterator[tuple[int, TrackClient]]:
+        for n, tracker in enumerate(self._trackers):
+            if isinstance(tracker, TrackClient):
+                yield n, tracker
+
+    def begin(self, job: CaptureJob, repository: Repository, progress: Progress) -> None:
+        """Ask the services for the images that their records begin with."""
+        self._repository = repository.id
+        for n, client in self._clients():
+            disk = self._disks[n]
+            base = _base(client, disk, job.name, repository)
+            if isinstance(base, Base):
+                self.bases[disk.name] = base
+            else:
+                progress.note(f"{client.path}: its record of writes is of no use here: {base}")
+
+    def commit(self, manifest: Manifest, used: Sequence[Extents]) -> None:
+        """The records begin with this image from now on; not if it lacks something."""
+        tracked = manifest.document["tracked"]
+        for n, client in self._clients():
+            with suppress(ImagerError):  # the image is whole without
+                if tracked["lie"]:
+                    client.ask("distrust", reason=tracked["lie"])
+                elif not tracked["unfrozen_bytes"]:
+                    name = self._disks[n].name
+                    client.commit(BaseRecord(self._repository, manifest.id, name, used[n]))
 
     def take(self) -> list[Written]:
         return [tracker.take() for tracker in self._trackers]

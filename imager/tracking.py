@@ -70,15 +70,24 @@ class Written:
 class WriteTracker:
     """Tracks a disk or partition from now on, in a thread. A context manager."""
 
-    def __init__(self, path: str, size: int, *, buffer_kib: int | None = None) -> None:
-        """``size`` in bytes; ``buffer_kib`` of the kernel's buffer of each CPU.
+    def __init__(
+        self,
+        path: str,
+        size: int,
+        *,
+        buffer_kib: int | None = None,
+        kept: str | None = None,
+        overruns: int | None = None,
+    ) -> None:
+        """``size`` in bytes; ``buffer_kib`` of the kernel's buffer of each CPU; ``kept`` and
+        ``overruns`` as in ``BlockTrace``.
 
         Raises ImagerError where the kernel cannot tell (``blocktrace``).
         """
         self.path = path
         self._size = size
         disk, self._start = disk_of(path)
-        self._trace = BlockTrace(disk, buffer_kib=buffer_kib)
+        self._trace = BlockTrace(disk, buffer_kib=buffer_kib, kept=kept, overruns=overruns)
         self._lock = threading.Lock()
         self._map = WrittenMap(size)
         self._lost = False
@@ -92,10 +101,19 @@ class WriteTracker:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._end()
+        self._trace.__exit__()
+
+    def _end(self) -> None:
         self._ended.set()
         self._trace.wake()
         self._thread.join()
-        self._trace.__exit__()
+
+    def leave(self) -> tuple[Written, int]:
+        """End here while the kernel goes on gathering; what was written since the last take, and
+        the number for ``overruns``. Instead of leaving the block."""
+        self._end()
+        return self.take(), self._trace.leave()
 
     def take(self) -> Written:
         """What was written since the last one. Raises ImagerError when tracking has failed."""

@@ -23,6 +23,7 @@ from imager.cli import (
     scheduling,
     serving,
     sources,
+    tracking,
     verifying,
 )
 
@@ -83,6 +84,7 @@ app.command("gc")(removing.gc)
 app.command("report")(reporting.report)
 app.command("status")(scheduling.status)
 app.add_typer(scheduling.app, name="schedule")
+app.add_typer(tracking.app, name="track")
 app.add_typer(files.app, name="files")
 app.add_typer(repo.app, name="repo")
 app.add_typer(media.app, name="media")
