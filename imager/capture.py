@@ -58,6 +58,8 @@ class CaptureJob:
     warnings: tuple[str, ...] = ()
     additions: Callable[[], Mapping[str, Any]] = dict
     """Called once when the disks are stored, before the commit: further keys of the manifest."""
+    lasts: bool = True
+    """Whether the disks are still the same after ``additions``; a frozen one goes on by then."""
     live: LiveDisks | None = None
     """How the disks are captured while they are written; None: nothing writes to them."""
     bases: Mapping[str, Base] = field(default_factory=dict)
@@ -89,6 +91,8 @@ def capture(job: CaptureJob, repository: Repository, progress: Progress) -> Mani
             added = job.additions() if added is None else added
             if not done.shared & repository.condemned():
                 break
+            if not job.lasts:
+                raise ImagerError("a gc took packs that this capture shares: run it again")
             progress.note("a gc took packs that this capture shares: storing those blocks again")
         else:
             raise ImagerError("a gc keeps removing what this capture shares: run it again later")

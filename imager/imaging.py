@@ -8,23 +8,38 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from imager.belonging import missing_members
 from imager.blocksource import BlockSource, FileSource
 from imager.capture import DEFAULT_LEVEL, CaptureJob, SourceDisk, capture
+from imager.consistency import (
+    WORDS,
+    Method,
+    Moment,
+    Situation,
+    check_choice,
+    choose,
+    one_moment,
+    refuse_writers,
+    still,
+)
 from imager.data.backing import DataRun
 from imager.data.model import DataEntry
 from imager.data.settings import load_entries
-from imager.deviceuse import device_numbers, disk_numbers_below, uses_of
+from imager.deviceuse import device_numbers, disk_numbers_below
 from imager.diskidentity import disk_identity
-from imager.errors import RefusedError, SourceError, UsageError
+from imager.errors import SourceError, UsageError
 from imager.exclusion import leave_out
 from imager.fingerprint import read_fingerprint
+from imager.freeze import LIMIT_SECONDS
+from imager.hooks import HookRun, load_hooks
 from imager.layout import read_layouts
 from imager.manifest import Manifest
 from imager.mapproof import all_hold, prove_disks, unproved
 from imager.progress import Progress
 from imager.repository import Repository
+from imager.trackcapture import DiskTracker
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,9 @@ class ImagingJob:
     exclude_partitions: tuple[str, ...] = ()
     sector_size: int | None = None
     """In bytes, of image files."""
+    hooks: bool | None = None
+    """Whether the hooks run; None: for disks, not for files."""
+    freeze_limit: float = LIMIT_SECONDS
 
     def check(self) -> None:
         """Raises UsageError for contradictions."""
@@ -51,8 +69,11 @@ class ImagingJob:
             raise UsageError(
                 "--prove-map and --all-blocks: with all blocks there is nothing to prove"
             )
-        if self.prove_map and self.consistency == "none":
-            raise UsageError("--prove-map and --consistency none: what changes cannot be proved")
+        check_choice(self.consistency)
+        if self.prove_map and self.consistency not in ("auto", "offline"):
+            raise UsageError(
+                f"--prove-map and --consistency {self.consistency}: what changes cannot be proved"
+            )
         if len({Path(path).resolve() for path in self.paths}) != len(self.paths):
             raise UsageError("a source is named twice")
 
@@ -73,32 +94,107 @@ def run(job: ImagingJob, opening: Callable[[], Repository], progress: Progress) 
     """
     job.check()
     with _opened(job) as sources:
-        writers = find_writers(job.paths, job.consistency)
+        situation = Situation.of(job.paths)
+        if job.consistency == "offline" or job.prove_map:
+            refuse_writers(situation)
         repository = opening()
-        entries = data_entries(job.data, sources)
+        method = choose(job.consistency, situation, repository.store.url)
+        return _Run(job, sources, situation, method, repository, progress).do()
+
+
+class _Run:
+    """One run, with its parts."""
+
+    def __init__(
+        self,
+        job: ImagingJob,
+        sources: Sequence[FileSource],
+        situation: Situation,
+        method: Method,
+        repository: Repository,
+        progress: Progress,
+    ) -> None:
+        self._job = job
+        self._sources = sources
+        self._situation = situation
+        self._method = method
+        self._repository = repository
+        self._progress = progress
+        self._name = image_name(job.name, sources)
+        self._hardware = read_fingerprint()
+        for_disks = any(source.is_device for source in sources)
+        self._entries = data_entries(job.data, for_disks)
+        wants_hooks = for_disks if job.hooks is None else job.hooks
+        self._data = DataRun(self._entries, progress)
+        self._hooks = HookRun(load_hooks() if wants_hooks else (), progress)
+        self._hooks.about |= {
+            "name": self._name,
+            "disks": " ".join(job.paths),
+            "consistency": WORDS[method],
+            "repo": repository.store.url,
+        }
+
+    def do(self) -> Imaged:
+        with self._hooks.around():
+            self._data.before()
+            with one_moment(
+                self._method,
+                self._situation,
+                self._sources,
+                self._hooks,
+                limit_seconds=self._job.freeze_limit,
+            ) as moment:
+                disks = self._disks(moment.sources)
+                manifest = capture(
+                    self._capture_job(disks, moment), self._repository, self._progress
+                )
+            self._data.after(self._repository)
+            self._hooks.about["image"] = manifest.id
+        whole = self._data.whole and self._hooks.whole and not manifest.partial
+        return Imaged(manifest, whole and all_hold(disk.layout for disk in disks))
+
+    def _disks(self, sources: Sequence[BlockSource]) -> list[SourceDisk]:
+        """As they are now."""
         disks = source_disks(sources)
-        if job.prove_map:
-            disks = prove_disks(disks, progress)
-        disks = leave_out(disks, job.exclude_partitions, entries)
-        beside = DataRun(entries, progress)
-        beside.before()
-        taking = CaptureJob(
-            disks=tuple(disks),
-            name=image_name(job.name, sources),
-            note=job.note,
-            level=job.level,
-            all_blocks=job.all_blocks,
-            consistency="none" if writers else "offline",
-            hardware=read_fingerprint(),
-            warnings=tuple(warnings_of(disks, repository, writers)),
-            additions=beside.additions,
+        if self._job.prove_map:
+            disks = prove_disks(disks, self._progress)
+        return leave_out(disks, self._job.exclude_partitions, self._entries)
+
+    def _capture(self, taking: CaptureJob, moment: Moment) -> Manifest:
+        if self._method != "track":
+            return capture(taking, self._repository, self._progress)
+        live, limit = self._situation.live, self._job.freeze_limit
+        return DiskTracker().capture(
+            taking,
+            lambda: moment.noting(still(live, self._hooks, limit_seconds=limit)),
+            self._repository,
+            self._progress,
         )
-        for text in taking.warnings:
-            progress.note(f"warning: {text}")
-        manifest = capture(taking, repository, progress)
-        beside.after(repository)
-    whole = beside.whole and all_hold(disk.layout for disk in disks) and not manifest.partial
-    return Imaged(manifest, whole)
+
+    def _capture_job(self, disks: Sequence[SourceDisk], moment: Moment) -> CaptureJob:
+        writers = self._situation.writers if self._method == "none" else ()
+        warnings = warnings_of(disks, self._repository, writers) + moment.warnings
+        for text in warnings:
+            self._progress.note(f"warning: {text}")
+        return CaptureJob(
+            disks=tuple(disks),
+            name=self._name,
+            note=self._job.note,
+            level=self._job.level,
+            all_blocks=self._job.all_blocks,
+            consistency=WORDS[self._method],
+            hardware=self._hardware,
+            warnings=tuple(warnings),
+            lasts=self._method in ("offline", "track", "none"),
+            additions=lambda: self._additions(moment),
+        )
+
+    def _additions(self, moment: Moment) -> dict[str, Any]:
+        """All is read and stored: the disks go on before anything else does."""
+        found = moment.end()
+        if self._hooks.results:
+            found["hooks"] = [result.to_json() for result in self._hooks.results]
+        return {**found, **self._data.additions()}
 
 
 @contextmanager
@@ -144,33 +240,14 @@ def _clean(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text) or "disk"
 
 
-def data_entries(asked: bool | None, sources: Sequence[BlockSource]) -> list[DataEntry]:
+def data_entries(asked: bool | None, for_disks: bool) -> list[DataEntry]:
     """A file is an image of some machine, most likely not of the one whose data this is."""
-    if asked is False or (asked is None and not any(source.is_device for source in sources)):
+    if asked is False or (asked is None and not for_disks):
         return []
     entries = load_entries()
     if asked and not entries:
         raise UsageError("--data: imager.toml has no data backups")
     return entries
-
-
-def find_writers(paths: Iterable[str], asked: str) -> list[str]:
-    """Who may be writing to the sources. Raises RefusedError unless that was asked for."""
-    if asked not in ("auto", "offline", "none"):
-        raise UsageError(f"--consistency {asked}: it can be auto, offline or none")
-    writers = [
-        f"{path}: {use.device} is {use.description}"
-        for path in paths
-        for use in uses_of(path)
-        if use.writable and use.description != "in use as swap"
-    ]
-    if writers and asked != "none":
-        raise RefusedError(
-            writers,
-            hint="unmount it, or remount it read-only; --consistency none captures a disk that "
-            "changes meanwhile, at your own risk",
-        )
-    return writers
 
 
 def warnings_of(

@@ -46,10 +46,10 @@ def inspect(
     with FileSource(disk, logical_sector=sector_size) as source:
         layout = read_layout(source)
         if prove:
+            from imager.consistency import Situation, refuse_writers
             from imager.coverage import prove_layouts
-            from imager.imaging import find_writers
 
-            find_writers([disk], "offline")
+            refuse_writers(Situation.of([disk]))
             (layout,) = prove_layouts([(source, layout)])
         identity, hardware = disk_identity(disk), read_fingerprint()
         document: dict[str, Any] = {
@@ -98,10 +98,25 @@ def capture(
     consistency: Annotated[
         str,
         typer.Option(
-            metavar="auto|offline|none",
-            help="auto and offline refuse a source that is mounted for writing; none does not.",
+            metavar="auto|offline|snapshot|track|freeze|none",
+            help="How a disk that is in use is captured as of one moment; auto takes the best.",
         ),
     ] = "auto",
+    freeze_limit: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            min=1,
+            help="Filesystems are frozen for so long at most; then there is no image. Default: 60.",
+        ),
+    ] = None,
+    hooks: Annotated[
+        bool | None,
+        typer.Option(
+            "--hooks/--no-hooks",
+            help="Run the hooks of /etc/imager around it. Default: for disks only.",
+        ),
+    ] = None,
     init: Annotated[
         bool, typer.Option("--init", help="Make the repository if there is none.")
     ] = False,
@@ -126,6 +141,7 @@ def capture(
     """Store disks as an image. Interrupted, run it again: what is stored is not stored twice."""
     from imager.capture import DEFAULT_LEVEL
     from imager.cli.bars import open_progress
+    from imager.freeze import LIMIT_SECONDS
     from imager.imaging import ImagingJob, run
 
     job = ImagingJob(
@@ -139,6 +155,8 @@ def capture(
         data=data,
         exclude_partitions=tuple(exclude_partition or ()),
         sector_size=sector_size,
+        hooks=hooks,
+        freeze_limit=LIMIT_SECONDS if freeze_limit is None else freeze_limit,
     )
     job.check()
     with open_progress(progress) as shown:
@@ -216,6 +234,7 @@ def _print_disk(document: dict[str, Any], layout: DiskLayout) -> None:
 
 
 def _print_capture(manifest: Manifest, json: bool) -> None:
+    from imager.consistency import consistency_words
     from imager.data.model import backups_of
     from imager.units import show_bytes
 
@@ -232,6 +251,7 @@ def _print_capture(manifest: Manifest, json: bool) -> None:
         f"{counts['new_blocks']} blocks new, {counts['known_blocks']} known, "
         f"{counts['zero_blocks']} zero, {counts['unused_blocks']} unused"
     )
+    print(f"  consistency: {consistency_words(manifest)}")
     for backup in backups_of(manifest):
         print(f"  data {backup.words()}")
     for disk in manifest.disks:
