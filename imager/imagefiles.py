@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from imager.errors import UnsupportedError
 from imager.files.model import Reader
+from imager.files.mounted import MountedReader
 from imager.files.registry import open_reader
 from imager.files.tree import Found, look_up
+from imager.imagemount import mounted
 from imager.imagevolumes import ImageVolume, find_volume, image_volumes, open_disks
 from imager.manifest import Disk
 from imager.repository import Repository
@@ -42,5 +46,21 @@ def opened(
     """
     with open_disks(open_repository, disks) as sources:
         volume, path = find_volume(image_volumes(sources), rest)
+        with _reader(volume) as reader:
+            yield Opened(volume, reader, look_up(reader, path, follow=follow))
+
+
+@contextmanager
+def _reader(volume: ImageVolume) -> Iterator[Reader]:
+    """Our own, or for root the kernel's behind a private mount, where ours would be wrong."""
+    try:
         reader = open_reader(volume)
-        yield Opened(volume, reader, look_up(reader, path, follow=follow))
+    except UnsupportedError:
+        if volume.reason is not None or os.geteuid() != 0:
+            raise
+    else:
+        yield reader
+        return
+    with mounted(volume) as folder:
+        kind = volume.filesystem.kind
+        yield MountedReader(folder, f"it is read through this machine's kernel driver of {kind}")

@@ -22,7 +22,7 @@ _READERS = {
     "xfs": ("xfs.reader", "XfsReader"),
 }
 
-_OTHERWISE = "as root: imager mount IMAGE DIR --filesystem PARTITION"
+_OTHERWISE = "root reads it through the kernel"
 
 
 def open_reader(volume: ImageVolume) -> Reader:

@@ -18,10 +18,16 @@ from imager.files.model import Entry, Piece
 from imager.files.tree import Found
 from imager.process import run
 from imager.repository import Repository
-from tests.loop.allocation_lab import differences, make_image, mounted
+from tests.loop.allocation_lab import (
+    SHUTDOWN_LOGFLUSH,
+    crash,
+    differences,
+    make_image,
+    mounted,
+)
 from tests.loop.files_lab import by_kernel, fill_with_all
 from tests.support.commandline import CHECKOUT, command, imager
-from tests.support.disks import MIB, make_gpt, needs_loop, write_at
+from tests.support.disks import MIB, make_gpt, make_sparse, needs_loop, write_at
 from tests.unit.test_allocation_lvm2 import START, linear, pv, text_of, volume
 
 pytestmark = needs_loop
@@ -280,6 +286,36 @@ def test_what_people_mistype(files: Path, tmp_path: Path) -> None:
     assert "nothing that is known" in said("ls", "web@latest:1/", code=1)
     assert "name a place" in said("ls", "web@latest", code=2)
     assert "say f, d or l" in said("find", WEB, "--type", "x", code=2)
+
+
+def test_an_xfs_in_use_is_read_through_the_kernel(tmp_path: Path) -> None:
+    """Its log is recovered in memory; nobody but root can."""
+    part = make_sparse(tmp_path / "sda", 320 * MIB)
+    run(["mkfs.xfs", "-q", "-f", str(part)])
+    with mounted(part) as root:
+        fill_with_all(root)
+        os.sync()
+        (root / "late").unlink()
+        (root / "later").mkdir()
+        crash(root, SHUTDOWN_LOGFLUSH)
+    Repository.create(str(tmp_path / "repo"))
+    imager("capture", part, "--name", "web", "--repo", tmp_path / "repo")
+    outcome = imager("files", "ls", "web@latest:/", "--repo", tmp_path / "repo")
+    assert "kernel driver of xfs" in outcome.err
+    names = outcome.out.splitlines()
+    assert "later" in names and "late" not in names
+    with mounted(part, "loop,noatime") as root:
+        expected = by_kernel(root)
+    target = make_image(tmp_path / "target", ["mkfs.ext4", "-q", "-F"], 64 * MIB)
+    with mounted(target) as root:
+        words = ("cp", "-r", "-p", "web@latest:/", root / "all")
+        imager("files", *words, "--repo", tmp_path / "repo")
+        found = by_kernel(root / "all")
+    for tree in (expected, found):
+        for *_, attributes, _ in tree.values():  # type: ignore[misc]
+            attributes.pop("trusted.SGI_ACL_FILE", None)
+            attributes.pop("trusted.SGI_ACL_DEFAULT", None)
+    assert differences(as_kept(expected), as_kept(found)) == {}
 
 
 # --- the case to try ---
