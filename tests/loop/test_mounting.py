@@ -27,7 +27,7 @@ from tests.support.disks import MIB, make_gpt, needs_loop, read_at, write_at
 pytestmark = needs_loop
 
 BTRFS_SIZE = 128 * MIB
-_TIMES = int(os.environ.get("IMAGER_MOUNT_ROUNDS", "4"))
+_TIMES = int(os.environ.get("IMAGER_MOUNT_ROUNDS", "3"))
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
