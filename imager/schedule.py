@@ -121,7 +121,7 @@ class _Run:
             text = f"{error.message}; {error.hint}" if error.hint else error.message
             self._note(result, text, error.exit_code)
         except OSError as error:
-            self._note(result, str(error), 1)
+            self._note(result, f"{error.filename or 'a file'}: {error.strerror or error}", 1)
         except Exception as error:
             self._note(result, f"internal error: {type(error).__name__}: {error}", 1)
             raise

@@ -67,7 +67,7 @@ def add(
     consistency: Annotated[str, typer.Option(help="As of imager capture.")] = "auto",
     exclude_partitions: Annotated[
         list[str] | None,
-        typer.Option("--exclude-partitions", help="As of imager capture; may be given again."),
+        typer.Option("--exclude-partition", help="As of imager capture; may be given again."),
     ] = None,
     nice: Annotated[int, typer.Option(min=0, max=19, help="CPU priority, 19 is the least.")] = 10,
     io: Annotated[
@@ -243,10 +243,9 @@ def _capturing() -> Capturing:
 
 def _check_capture(job: Job) -> None:
     """What a capture would refuse is refused when the job is made."""
-    from imager.errors import UsageError
+    from imager.imaging import ImagingJob
 
-    if job.consistency not in ("auto", "offline", "none"):
-        raise UsageError(f"--consistency {job.consistency}: it can be auto, offline or none")
+    ImagingJob(job.sources, job.image or None, consistency=job.consistency).check()
 
 
 def _paths(job: Job) -> list[str]:

@@ -102,7 +102,6 @@ def test_a_damaged_or_unknown_setting_is_named(job: str, tmp_path: Path) -> None
         "nightly {disk} --cpu-weight 0",
         "nightly {disk} --keep-last 0",
         "nightly {disk} --environment-file secret",
-        "nightly {disk} --consistency maybe",
         "nightly {disk}%0Ax",
         "nightly {disk} --repo images%0A",
     ],
