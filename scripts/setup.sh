@@ -17,7 +17,7 @@ runtime="$build e2fsprogs fdisk mount util-linux $media"
 demo="$runtime dosfstools mtools mmdebstrap qemu-system-x86 qemu-utils ovmf zstd"
 test="$demo gdisk xorriso genisoimage ntfs-3g exfatprogs f2fs-tools cryptsetup-bin lvm2 mdadm dmsetup
       thin-provisioning-tools exfat-fuse
-      attr acl openssh-client chromium fonts-dejavu-core
+      libnbd-bin nbd-client partclone lz4 bzip2 xz-utils openssl attr acl openssh-client chromium fonts-dejavu-core
       restic borgbackup postgresql postfix dovecot-imapd"
 bench="$demo partclone borgbackup time"
 
