@@ -145,9 +145,7 @@ class _Run:
                 limit_seconds=self._job.freeze_limit,
             ) as moment:
                 disks = self._disks(moment.sources)
-                manifest = capture(
-                    self._capture_job(disks, moment), self._repository, self._progress
-                )
+                manifest = self._capture(self._capture_job(disks, moment), moment)
             self._data.after(self._repository)
             self._hooks.about["image"] = manifest.id
         whole = self._data.whole and self._hooks.whole and not manifest.partial

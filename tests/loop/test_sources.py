@@ -186,19 +186,24 @@ def test_a_mirror_of_which_one_disk_is_missing(repo: Path, tmp_path: Path) -> No
 # --- sources in use ---
 
 
-def test_a_source_that_is_written_to_is_refused(repo: Path, tmp_path: Path) -> None:
+def test_a_source_that_is_written_to(repo: Path, tmp_path: Path) -> None:
     source = make_file(tmp_path / "a.img", 32 * MIB)
     with loop_device(str(source)) as device:
         make_filesystem(device, "ext4")
-        with mounted(device, tmp_path / "mnt"):
+        with mounted(device, tmp_path / "mnt") as mount:
             for path in (device, source):
-                outcome = imager("capture", path, "--repo", repo, code=4)
-                assert f"mounted at {tmp_path / 'mnt'}" in outcome.err
+                words = ["capture", path, "--consistency", "offline", "--repo", repo]
+                outcome = imager(*words, code=4)
+                assert f"mounted at {mount}" in outcome.err
                 assert "--consistency none" in outcome.err
-                imager("capture", path, "--consistency", "offline", "--repo", repo, code=4)
             assert imager("list", "--repo", repo, "--json").json == []
-            words = ["--consistency", "none", "--repo", repo, "--json"]
-            assert imager("capture", device, *words).json["consistency"] == "none"
+            for asked, found in (("none", "none"), ("freeze", "frozen"), ("track", "tracked")):
+                words = ["--consistency", asked, "--repo", repo, "--json"]
+                assert imager("capture", device, *words).json["consistency"] == found
+            for path, found in ((device, "tracked"), (source, "frozen")):
+                taken = imager("capture", path, "--repo", repo, "--json").json
+                assert taken["consistency"] == found
+                assert taken["freeze"]["filesystems"] == [str(mount)]
         with mounted(device, tmp_path / "mnt", "ro"):
             taken = imager("capture", device, "--repo", repo, "--json").json
             assert taken["consistency"] == "offline"
@@ -209,7 +214,8 @@ def test_a_mounted_partition_makes_its_disk_used(repo: Path, tmp_path: Path) -> 
     with loop_disk(source) as device, partitions_of(device) as parts:
         make_filesystem(parts[0], "ext4")
         with mounted(parts[0], tmp_path / "mnt"):
-            assert "p1 is mounted" in imager("capture", device, "--repo", repo, code=4).err
+            words = ["--consistency", "offline", "--repo", repo]
+            assert "p1 is mounted" in imager("capture", device, *words, code=4).err
             imager("capture", parts[1], "--repo", repo)
 
 
