@@ -1,4 +1,5 @@
-"""`python -m bench` measures side by side, `python -m bench fleet` a repository of many images."""
+"""`python -m bench` measures side by side, `python -m bench fleet` a repository of many images,
+`python -m bench tracking` disks that are written meanwhile."""
 
 import sys
 
@@ -6,6 +7,10 @@ if sys.argv[1:2] == ["fleet"]:
     from bench.fleet import main as fleet
 
     fleet(sys.argv[2:])
+elif sys.argv[1:2] == ["tracking"]:
+    from bench.tracking import main as track
+
+    track(sys.argv[2:])
 else:
     from bench.compare import main
 
