@@ -157,6 +157,7 @@ def _proof_of(proof: Proof | None) -> dict[str, Any]:
 
 
 def _show_manifest(manifest: Manifest) -> None:
+    from imager.consistency import consistency_words
     from imager.data.model import backups_of
     from imager.units import show_bytes
 
@@ -168,7 +169,7 @@ def _show_manifest(manifest: Manifest) -> None:
         "host": manifest.host,
         "created": manifest.created,
         "previous": document.get("previous") or "none",
-        "consistency": document.get("consistency"),
+        "consistency": consistency_words(manifest),
         "tool": document.get("tool"),
         "used": show_bytes(counts.get("used_bytes", 0)),
         "added": (
