@@ -33,7 +33,8 @@ backup)
     echo "imager: snapshot $id" ;;
 restore) # of the path alone: what is above it has owners and modes that stay
     mkdir -p "${IMAGER_DATA_TARGET%/}$IMAGER_DATA_PATHS"
-    cp -a "$IMAGER_DATA_SNAPSHOT$IMAGER_DATA_PATHS/." "${IMAGER_DATA_TARGET%/}$IMAGER_DATA_PATHS/" ;;
+    cd "$IMAGER_DATA_SNAPSHOT$IMAGER_DATA_PATHS"
+    cp -a . "${IMAGER_DATA_TARGET%/}$IMAGER_DATA_PATHS/" ;;
 list) for f in *-copy; do test ! -d "$f" || echo "$f $(date -u -r "$f" +%FT%TZ)"; done ;;
 forget) rm -r "$IMAGER_DATA_SNAPSHOT" ;;
 esac
