@@ -1,5 +1,5 @@
 """`python -m bench` measures side by side, `python -m bench fleet` a repository of many images,
-`python -m bench tracking` disks that are written meanwhile."""
+`python -m bench tracking` disks that are written meanwhile, `python -m bench serving` NBD."""
 
 import sys
 
@@ -11,6 +11,10 @@ elif sys.argv[1:2] == ["tracking"]:
     from bench.tracking import main as track
 
     track(sys.argv[2:])
+elif sys.argv[1:2] == ["serving"]:
+    from bench.serving import main as serve
+
+    serve(sys.argv[2:])
 else:
     from bench.compare import main
 
