@@ -50,7 +50,7 @@ def configure(
     monkeypatch.setenv("IMAGER_CONFIG", str(config))
 
 
-def capture(scratch: Path) -> str:
+def capture(scratch: Path, hooks: int = 0) -> str:
     """A small disk stands for the server's; what matters here is beside it."""
     disk = make_sparse(scratch / "disk", 4 * MIB)
     make_filesystem(disk, "ext4")
@@ -58,7 +58,7 @@ def capture(scratch: Path) -> str:
         words = ("capture", device, "--repo", scratch / "images", "--init", "--name", "server")
         document = imager(*words, "--json").json
     assert [item["error"] for item in document["data"]] == [None]
-    assert not [item for item in document.get("hooks", []) if item["error"]]
+    assert [item["error"] for item in document.get("hooks", [])] == [None] * hooks
     return str(document["id"])
 
 
@@ -254,7 +254,7 @@ def test_mail_server(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for number in range(3):
             server.send(number)
         wait_for("three messages", lambda: server.subjects() == expected)
-        image = capture(scratch)
+        image = capture(scratch, hooks=2)
         server.send(3)  # Postfix is running again
         wait_for("the fourth message", lambda: len(server.subjects()) == 4)
     shutil.rmtree(server.mail)
