@@ -55,6 +55,9 @@ class ImageServer:
         self._listener = listen(address)
         self.address = _bound(address, self._listener)
         self._wake, self._woken = socket.socketpair()
+        self._selector = selectors.DefaultSelector()  # here: later there may be no file for it
+        for waiting in (self._listener, self._woken):
+            self._selector.register(waiting, selectors.EVENT_READ)
         self._clients: dict[socket.socket, threading.Thread] = {}
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -68,6 +71,7 @@ class ImageServer:
         self._stopped.set()
         self._wake.send(b"x")
         self._thread.join()
+        self._selector.close()
         self._listener.close()
         if isinstance(self.address, Path):
             self.address.unlink(missing_ok=True)
@@ -89,19 +93,16 @@ class ImageServer:
 
     def _accept_all(self) -> None:
         self._listener.setblocking(False)
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._listener, selectors.EVENT_READ)
-            selector.register(self._woken, selectors.EVENT_READ)
-            while not self._stopped.is_set():
-                selector.select()
-                try:
-                    connection, _ = self._listener.accept()
-                except (BlockingIOError, ConnectionError, InterruptedError):
-                    continue
-                except OSError:  # no more files: the client waits, and so do we
-                    self._stopped.wait(_PAUSE_SECONDS)
-                    continue
-                self._let_in(connection)
+        while not self._stopped.is_set():
+            self._selector.select()
+            try:
+                connection, _ = self._listener.accept()
+            except (BlockingIOError, ConnectionError, InterruptedError):
+                continue
+            except OSError:  # no more files: the client waits, and so do we
+                self._stopped.wait(_PAUSE_SECONDS)
+                continue
+            self._let_in(connection)
 
     def _let_in(self, connection: socket.socket) -> None:
         thread = threading.Thread(
