@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -16,12 +17,16 @@ from imager.livecapture import Base, Frozen
 from imager.manifest import Manifest
 from imager.process import run
 from imager.progress import Progress
+from imager.rememberedsource import RememberedSource
 from imager.repository import Repository
 from imager.tracking import WriteTracker, Written
 from imager.trackrecord import BaseRecord, TrackClient
 
 # Of the kernel's buffer for each CPU, after events were lost; doubled each time.
 _LARGER_KIB = 16 << 10
+
+# nice(2) of the thread that reads within the freeze.
+_HURRY = -15
 
 Still = Callable[[], AbstractContextManager[Frozen]]
 
@@ -104,6 +109,8 @@ class TrackedDisks:
         self._buffer_kib = buffer_kib
         self._stack = ExitStack()
         self._trackers: list[WriteTracker | TrackClient] = []
+        # For the layouts: within the freeze only what changed since they were last read is read.
+        self._remembered = [RememberedSource(disk.source) for disk in disks]
         self._repository = ""
         self.bases: dict[str, Base] = {}
 
@@ -157,7 +164,10 @@ class TrackedDisks:
                     client.commit(BaseRecord(self._repository, manifest.id, name, used[n]))
 
     def take(self) -> list[Written]:
-        return [tracker.take() for tracker in self._trackers]
+        taken = [tracker.take() for tracker in self._trackers]
+        for source, written in zip(self._remembered, taken, strict=True):
+            source.forget(Extents.whole(source.size) if written.lost else written.extents)
+        return taken
 
     def restart(self) -> None:
         self._stack.close()
@@ -170,12 +180,25 @@ class TrackedDisks:
 
     @contextmanager
     def frozen(self) -> Iterator[Frozen]:
-        with self._still() as freeze:
+        self.layouts()  # remembered
+        with self._still() as freeze, _hurried():
             yield freeze
 
     def layouts(self) -> list[DiskLayout]:
-        found = read_layouts([disk.source for disk in self._disks])
+        found = read_layouts(self._remembered)
         return [_as_before(disk.layout, now) for disk, now in zip(self._disks, found, strict=True)]
+
+
+@contextmanager
+def _hurried() -> Iterator[None]:
+    """A job of low priority must not let everybody wait for as long as it does itself."""
+    own = os.getpriority(os.PRIO_PROCESS, 0)  # of this thread
+    with suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, _HURRY)
+    try:
+        yield
+    finally:
+        os.setpriority(os.PRIO_PROCESS, 0, own)
 
 
 def _as_before(before: DiskLayout, now: DiskLayout) -> DiskLayout:

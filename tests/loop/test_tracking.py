@@ -94,7 +94,7 @@ def take(
 
     @contextmanager
     def still() -> Iterator[Frozen]:
-        with frozen(live_filesystems([device])) as freeze:
+        with frozen(live_filesystems([device]), limit_seconds=600) as freeze:
             if check is None:
                 yield freeze
             else:
@@ -163,7 +163,7 @@ class Load:
 # Each line of `log` was written by fsync(2) of a file of its own before; the log is not on the disk
 # that is captured, so what it says when the capture begins must be in the image.
 FSYNCER = """
-import os, sys
+import os, sys, time
 folder, log = {folder!r}, open({log!r}, "a", buffering=1)
 n = 0
 while True:
@@ -176,10 +176,11 @@ while True:
     if n == 20:
         print("begun", flush=True)
     n += 1
+    time.sleep(0.02)
 """
 
 SQLITE = """
-import sqlite3, random
+import sqlite3, random, time
 base = sqlite3.connect({path!r})
 base.execute("pragma journal_mode=wal")
 base.execute("create table t (id integer primary key, text)")
@@ -192,10 +193,11 @@ while True:
     if n == 3:
         print("begun", flush=True)
     n += 1
+    time.sleep(0.02)
 """
 
 GIT = """
-import subprocess, random, pathlib
+import subprocess, random, pathlib, time
 folder = pathlib.Path({folder!r})
 def git(*words):
     subprocess.run(["git", "-C", str(folder), "-c", "core.fsync=all", "-c", "user.name=t",
@@ -211,6 +213,7 @@ while True:
     if n == 1:
         print("begun", flush=True)
     n += 1
+    time.sleep(0.1)
 """
 
 
@@ -293,6 +296,7 @@ def write_much(path: Path, ended: threading.Event) -> None:
                 os.pwrite(file.fileno(), os.urandom(4096), n * 8192 % (4 * MIB))
                 n += 1
             os.fsync(file.fileno())
+            ended.wait(0.01)
 
 
 def test_a_lost_event_is_told(tmp_path: Path) -> None:

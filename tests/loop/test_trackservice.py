@@ -25,7 +25,6 @@ from tests.support.commandline import CHECKOUT, finish, imager, start
 from tests.support.disks import (
     MIB,
     loop_disk,
-    make_filesystem,
     make_sparse,
     mounted,
     needs_loop,
@@ -42,7 +41,9 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str,
     """A mounted disk and its folder, with 10 MiB that stay as they are."""
     monkeypatch.setenv("IMAGER_TRACK_DIR", str(tmp_path / "track"))
     image = make_sparse(tmp_path / "disk.img", 96 * MIB)
-    make_filesystem(image, "ext4")
+    # All of it now: the kernel would write inode tables later, whenever it likes.
+    eager = "nodiscard,lazy_itable_init=0,lazy_journal_init=0"
+    run(["mkfs.ext4", "-q", "-F", "-E", eager, str(image)])
     with loop_disk(image) as device, mounted(device, tmp_path / "m") as folder:
         (folder / "still").write_bytes(os.urandom(10 * MIB))
         run(["sync", "-f", str(folder)])
