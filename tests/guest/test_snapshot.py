@@ -27,6 +27,7 @@ def save(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+@pytest.mark.timeout(900)  # restoring there takes minutes on a loaded machine
 def test_volumes_in_use_by_snapshots(tmp_path: Path) -> None:
     image, repo, restored = tmp_path / "a.img", tmp_path / "repo", tmp_path / "b.img"
     make_file(image, 160 * MIB)
