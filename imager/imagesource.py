@@ -267,27 +267,26 @@ class ImageSource:
         """Take it upon this thread to load a block, and those that follow when it's in order."""
         pack = self._repository.pack(place.pack)
         most = self._blocks_at_once(wanted.first)
-        unit = self._disk.block_size
-        runs = [wanted]
+        runs = [wanted, *self._following(wanted.first, place, most - 1)]
         futures: list[Future[bytes]] = []
         with self._cache.lock:
-            if wanted.digest in self._cache:  # another disk's source was quicker
-                return None
-            futures.append(self._cache.add(wanted.digest, unit, passing=most > 1))
-        while len(runs) < most:
-            after = wanted.first + len(runs)
-            if after >= self._disk.blocks:
-                break
-            run = self._run(after)
-            if run.place != (place.pack, place.ordinal + len(runs)):
-                break
-            with self._cache.lock:
-                if run.digest in self._cache:
+            for run in runs:
+                if run.digest in self._cache:  # another disk's source was quicker
                     break
-                futures.append(self._cache.add(run.digest, unit, passing=True))
-            runs.append(run)
-        self._places.append((wanted.first + len(runs), most))
-        return _Group(pack, place.ordinal, runs, futures)
+                future = self._cache.add(run.digest, self._disk.block_size, passing=most > 1)
+                futures.append(future)
+        if not futures:
+            return None
+        self._places.append((wanted.first + len(futures), most))
+        return _Group(pack, place.ordinal, runs[: len(futures)], futures)
+
+    def _following(self, number: int, place: Place, most: int) -> Iterator[Run]:
+        """The blocks behind one whose records follow its own."""
+        for n in range(1, min(most + 1, self._disk.blocks - number)):
+            run = self._run(number + n)
+            if run.place != (place.pack, place.ordinal + n):
+                return
+            yield run
 
     def _blocks_at_once(self, number: int) -> int:
         """More and more where a reader goes on in order."""
