@@ -26,6 +26,9 @@ from tests.support.disks import MIB, mounted
 NAME = "debian"
 BOOT_SECONDS = 900
 
+# Emulated on a loaded machine, a sound system finds its disks later than systemd waits for them.
+PATIENCE = "[Manager]\nDefaultDeviceTimeoutSec=15min\nDefaultTimeoutStartSec=15min\n"
+
 pytestmark = [
     pytest.mark.vm,
     # The first test also builds the disk (a minute) when it is not in the cache.
@@ -58,9 +61,11 @@ class Lab:
             file.seek(offset)
             file.write(content)
             file.flush()
-            yield
-            file.seek(offset)
-            file.write(before)
+            try:
+                yield
+            finally:
+                file.seek(offset)
+                file.write(before)
 
     @contextmanager
     def file_changed(
@@ -71,9 +76,11 @@ class Lab:
             before = (root / name).read_text()
             assert change(before) != before
             (root / name).write_text(change(before))
-        yield
-        with self._root(tmp_path) as root:
-            (root / name).write_text(before)
+        try:
+            yield
+        finally:
+            with self._root(tmp_path) as root:
+                (root / name).write_text(before)
 
     @contextmanager
     def _root(self, tmp_path: Path) -> Iterator[Path]:
@@ -91,7 +98,12 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     repo, disk = folder / "repo", folder / "debian.img"
     copy_sparse(debian_disk(), disk)
     imager("repo", "init", "--repo", repo)
-    return Lab(repo, disk)
+    made = Lab(repo, disk)
+    with made._root(folder) as root:
+        patience = root / "etc/systemd/system.conf.d/patience.conf"
+        patience.parent.mkdir()
+        patience.write_text(PATIENCE)
+    return made
 
 
 def test_nothing_to_boot_for_a_bios(lab: Lab) -> None:
