@@ -242,8 +242,8 @@ def test_what_the_kernel_cannot_mount_is_not_proved(
 ) -> None:
     """The checker alone reads no files."""
     image = _clean_image(memory_path / "image", "ext4")
-    driver = replace(files._DRIVERS["ext4"], mount=("mount", "-t", "unheard-of"))
-    monkeypatch.setitem(files._DRIVERS, "ext4", driver)
+    driver = replace(files.DRIVERS["ext4"], mount=("mount", "-t", "unheard-of"))
+    monkeypatch.setitem(files.DRIVERS, "ext4", driver)
     proof = _prove(image)
     assert proof.verdict == "not proved"
     assert "e2fsck -f -n finds no fault, but the files cannot be read: unknown" in proof.text

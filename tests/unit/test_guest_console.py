@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import struct
 import termios
 from collections.abc import Iterator
@@ -26,8 +27,13 @@ class Wire(NamedTuple):
     def type(self, keys: bytes) -> None:
         os.write(self.person, keys)
 
-    def seen(self) -> bytes:
-        return os.read(self.person, 4096)
+    def seen(self, length: int) -> bytes:
+        """As many bytes of the screen: the kernel hands them over in pieces."""
+        content = b""
+        while len(content) < length:
+            assert select.select([self.person], [], [], 60)[0], content
+            content += os.read(self.person, length - len(content))
+        return content
 
 
 @pytest.fixture
@@ -42,7 +48,7 @@ def wire() -> Iterator[Wire]:
 def test_a_line_is_edited_with_the_usual_keys(wire: Wire) -> None:
     wire.type(b"wrong\x15sdx\x7fa\r")
     assert wire.terminal.ask("disk? ") == "sda"
-    assert wire.seen().startswith(b"disk? wrong")
+    assert wire.seen(11) == b"disk? wrong"
 
 
 def test_a_character_of_two_bytes_is_erased_as_one(wire: Wire) -> None:
@@ -66,7 +72,7 @@ def test_ctrl_c_interrupts_work_and_other_keys_do_not(wire: Wire) -> None:
 
 def test_lines_end_with_a_carriage_return_too(wire: Wire) -> None:
     wire.terminal.line("hello")
-    assert wire.seen() == b"hello\r\n"
+    assert wire.seen(7) == b"hello\r\n"
 
 
 def test_a_line_without_a_size_gets_one(wire: Wire) -> None:
