@@ -53,6 +53,8 @@ class CarriedVolumes:
         with self._lock:
             if self._has(name):
                 return True
+            if not name.startswith("packs/"):
+                return False  # it would be on every volume (imager/carry.py)
             for number in self._holders(name):
                 self._put_in(number)
                 if self._has(name):
