@@ -175,7 +175,8 @@ def test_with_a_record_only_changes_are_read(seed: int, before: int, during: int
         expected = captured_quietly(f"{memory}/quiet", busy)
         assert second.disks[0].root == expected.disks[0].root
         if not before and not during:
-            assert busy.reads == []
+            # A sample of what the record calls unchanged is read all the same.
+            assert sum(read.length for read in busy.reads) <= livecapture._SAMPLE * BLOCK
         assert second.document["tracked"]["since"] == [first.id]
 
 
