@@ -315,10 +315,6 @@ class ImageSource:
 
     def _decoded(self, pack: Pack, first: int, n: int, run: Run, raw: bytes | None) -> bytes:
         ordinal = first + n
-        where = (
-            f"{self._repository.store.url}/{pack_name(pack.id)}, record {ordinal} (block at byte "
-            f"{run.first * self._disk.block_size}, {self._where(run)})"
-        )
         try:
             if ordinal >= len(pack.entries):
                 raise IntegrityError("there is no such record")
@@ -332,10 +328,11 @@ class ImageSource:
                 raw, first = pack.read(ordinal, 1), ordinal
             return _decode(self._decoders.get(), entry, pack.frame(raw, first, ordinal))
         except IntegrityError as error:
-            raise IntegrityError(f"{where}: {error.message}") from None
-
-    def _where(self, run: Run) -> str:
-        return self._disk.where(run.first * self._disk.block_size)
+            offset = run.first * self._disk.block_size
+            where = f"{self._repository.store.url}/{pack_name(pack.id)}, record {ordinal}"
+            raise IntegrityError(
+                f"{where} (block at byte {offset}, {self._disk.where(offset)}): {error.message}"
+            ) from None
 
     # --- the map ---
 

@@ -57,12 +57,14 @@ def serve(
     Other machines can connect only with TLS and a certificate of their own: --listen HOST,
     --tls-certificate and --tls-clients.
     """
+    from imager.pipeline import share_freed_memory
     from imager.serve import ImageServer
     from imager.serve.catalog import image_exports
 
     tls = _encryption(tls_certificate, tls_key, tls_clients)
     address = _address(socket, listen)
     chosen = _chosen(open_repository(repo), images or [], every)
+    share_freed_memory()
     with (
         image_exports(lambda: open_repository(repo), chosen) as exports,
         ImageServer(exports, address, tls=tls, on_error=_to_standard_error()) as server,
