@@ -20,14 +20,14 @@ from typing import Any, NamedTuple
 from imager.errors import IntegrityError, ObjectMissing
 from imager.format import is_image_id
 from imager.manifest import Manifest
-from imager.repository import NoImage, Repository
+from imager.repository import Repository
 from imager.store.local import LocalStore
 
 # Below this, reading all manifests is quick.
 _LEAST_NEW = 256
 
 # Raise it when the columns change.
-_VERSION = 1
+_VERSION = 2
 
 OnDamage = Callable[[IntegrityError], object]
 
@@ -83,40 +83,54 @@ class Summary(NamedTuple):
         )
 
 
-def summaries(repository: Repository, on_damage: OnDamage | None = None) -> list[Summary]:
-    """All images, oldest first. Damaged manifests are raised, or given to ``on_damage``."""
+def summaries(
+    repository: Repository, on_damage: OnDamage | None = None, *, full: bool = False
+) -> list[Summary]:
+    """All images, oldest first. Damaged manifests are raised, or given to ``on_damage``.
+
+    ``more`` may be empty, but not when ``full``.
+    """
     store = repository.store
     if not isinstance(store, LocalStore):
         return [Summary.of(manifest) for manifest in repository.manifests(on_damage)]
-    cache = _Cache(repository, store)
-    found, fresh = [], 0
-    for image_id, stamp in _stamps(store):
-        summary = cache.get(image_id, stamp)
-        if summary is None:
+    # Python's search for cycles would look at the same million objects again and again, and take
+    # longer than all the rest.
+    gc.disable()
+    try:
+        return _list_folder(repository, store, on_damage, full)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _list_folder(
+    repository: Repository, store: LocalStore, on_damage: OnDamage | None, full: bool
+) -> list[Summary]:
+    cache = _Cache(repository, store, full)
+    rows: list[_Row] = []
+    fresh = 0
+    known = cache.rows
+    for image_id, status in _files(store):
+        row = known.get(image_id)
+        if row is None or row[0] != status.st_size or row[1] != status.st_mtime_ns:
             try:
                 summary = Summary.of(repository.manifest(image_id))
-            except NoImage:
-                continue
             except ObjectMissing:
-                continue  # removed meanwhile
+                continue  # removed meanwhile, or no image
             except IntegrityError as error:
                 if on_damage is None:
                     raise
                 on_damage(error)
                 continue
             fresh += 1
-            cache.add(stamp, summary)
-        found.append(summary)
+            row = status.st_size, status.st_mtime_ns, summary
+        rows.append(row)
     if fresh >= _LEAST_NEW:
-        cache.save(found)
-    return found
+        cache.save(rows)
+    return [row[2] for row in rows]
 
 
-Stamp = tuple[int, int]
-"""A file's size in bytes and its time of change in nanoseconds."""
-
-
-def _stamps(store: LocalStore) -> Iterator[tuple[str, Stamp]]:
+def _files(store: LocalStore) -> Iterator[tuple[str, os.stat_result]]:
     """In the order of ids, which is that of time."""
     try:
         fd = os.open(store.folder / "manifests", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -126,68 +140,63 @@ def _stamps(store: LocalStore) -> Iterator[tuple[str, Stamp]]:
         with os.scandir(fd) as entries:
             files = {entry.name: entry for entry in entries}
         for name in sorted(files):
-            image_id = name.removesuffix(".json")
-            if is_image_id(image_id) and image_id != name:
-                with suppress(FileNotFoundError):
-                    status = files[name].stat()
-                    yield image_id, (status.st_size, status.st_mtime_ns)
+            image_id = name[:-5]
+            if not name.endswith(".json") or not is_image_id(image_id):
+                continue
+            try:
+                status = files[name].stat()
+            except FileNotFoundError:
+                continue
+            yield image_id, status
     finally:
         os.close(fd)
 
 
-class _Cache:
-    """Rows of an earlier run, in columns: a hundred thousand are read in a third of a second."""
+_Row = tuple[int, int, Summary]
+"""Size of a manifest's file in bytes, its time of change in nanoseconds, and what it says."""
 
-    def __init__(self, repository: Repository, store: LocalStore) -> None:
+
+class _Cache:
+    """Rows of an earlier run, in columns, which are quickly read; what only a full listing needs is
+    on a line of its own."""
+
+    def __init__(self, repository: Repository, store: LocalStore, full: bool) -> None:
         place = hashlib.sha256(os.fsencode(store.folder)).hexdigest()[:16]
         self._file = cache_folder() / f"listing-{_VERSION}-{repository.id[:16]}-{place}.json"
-        self._rows: dict[str, tuple[Stamp, Summary]] = {}
-        self._load()
+        self.rows = self._read(full)
 
-    def get(self, image_id: str, stamp: Stamp) -> Summary | None:
-        row = self._rows.get(image_id)
-        return row[1] if row is not None and row[0] == stamp else None
-
-    def add(self, stamp: Stamp, summary: Summary) -> None:
-        self._rows[summary.id] = stamp, summary
-
-    def save(self, kept: list[Summary]) -> None:
+    def save(self, rows: list[_Row]) -> None:
         """For the next run; without a word where that cannot be."""
-        rows = [self._rows[summary.id] for summary in kept]
-        sizes, times = ([stamp[n] for stamp, _ in rows] for n in range(2))
-        columns = [sizes, times, *(list(column) for column in zip(*kept, strict=True))]
+        before = self._read(full=True)
+        whole = [
+            row if row[2].more or row[2].id not in before else (*row[:2], before[row[2].id][2])
+            for row in rows
+        ]
+        sizes, times, images = (list(column) for column in zip(*whole, strict=True))
+        *columns, more = (list(column) for column in zip(*images, strict=True))
+        lines = [json.dumps(part, ensure_ascii=False) for part in ([sizes, times, *columns], more)]
         new = self._file.with_suffix(f".{os.getpid()}")
         with suppress(OSError):
             self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             with os.fdopen(fd, "w", encoding="utf-8") as sink:
-                sink.write(json.dumps(columns, ensure_ascii=False))
+                sink.write("".join(f"{line}\n" for line in lines))
             new.replace(self._file)
 
-    def _load(self) -> None:
-        """A file that is not as it was written counts for nothing.
-
-        Python's search for cycles would look at the same million objects again and again, and
-        take longer than all the rest.
-        """
-        gc.disable()
-        try:
-            self._read()
-        finally:
-            gc.freeze()
-            gc.enable()
-
-    def _read(self) -> None:
+    def _read(self, full: bool) -> dict[str, _Row]:
+        """A file that is not as it was written counts for nothing."""
         with suppress(OSError, ValueError, TypeError, LookupError):
             status = self._file.stat()
             if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-                return
-            sizes, times, *columns = json.loads(self._file.read_text(encoding="utf-8"))
-            stamps = zip(sizes, times, strict=True)
-            rows = map(tuple.__new__, repeat(Summary), zip(*columns, strict=True))
-            found = dict(zip(columns[0], zip(stamps, rows, strict=True), strict=True))
-            if len(columns) == len(Summary._fields):
-                self._rows = found
+                return {}
+            with self._file.open("rb") as source:
+                sizes, times, *columns = json.loads(source.readline())
+                more = json.loads(source.readline()) if full else [""] * len(sizes)
+            if len(columns) + 1 != len(Summary._fields):
+                return {}
+            images = map(tuple.__new__, repeat(Summary), zip(*columns, more, strict=True))
+            return dict(zip(columns[0], zip(sizes, times, images, strict=True), strict=True))
+        return {}
 
 
 def cache_folder() -> Path:

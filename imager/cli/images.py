@@ -37,7 +37,8 @@ def list_images(
 
     repository = open_repository(repo)
     damaged: list[IntegrityError] = []
-    images = [x for x in summaries(repository, damaged.append) if name in (None, x.name)]
+    found = summaries(repository, damaged.append, full=json)
+    images = [image for image in found if name in (None, image.name)]
     for error in damaged:
         print(f"imager: {error.message}", file=sys.stderr)
     code = IntegrityError.exit_code if damaged else 0
