@@ -123,7 +123,7 @@ def test_rollback_at_boot(server: Path, tmp_path: Path) -> None:
         Machine(disks=disks, memory_mib=2048, extra=("-virtfs", share)) as machine,
     ):
         machine.expect(SYSTEM_UP, timeout_seconds=BOOT_SECONDS)
-        machine.log_in()
+        machine.log_in(timeout_seconds=BOOT_SECONDS)
         machine.run(
             "echo after >/srv/state; rm -r /usr/lib/apt; head -c 30M /dev/urandom >/srv/new"
         )
@@ -142,12 +142,12 @@ def test_rollback_at_boot(server: Path, tmp_path: Path) -> None:
         machine.wait_for_end(timeout_seconds=BOOT_SECONDS)
     with seconds_of("rescue system"), Machine(disks=disks) as machine:
         machine.expect(r"imager-rescue: result exit=\d+ .*\n", timeout_seconds=BOOT_SECONDS)
-        log = machine.wait_for_end(timeout_seconds=60)
+        log = machine.wait_for_end(timeout_seconds=300)
         assert f"result exit=0 image={image} " in log, log[-3000:]
         assert "reason=rolled back" in log
     with seconds_of("as it was"), Machine(disks=disks) as machine:
         machine.expect(BOOT_MARKER, timeout_seconds=BOOT_SECONDS)
-        machine.log_in()
+        machine.log_in(timeout_seconds=BOOT_SECONDS)
         assert machine.run("cat /srv/state") == "before\n"
         assert machine.run("ls -d /usr/lib/apt /srv/new /boot/imager-rollback 2>/dev/null") == (
             "/usr/lib/apt\n"
