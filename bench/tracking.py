@@ -113,7 +113,7 @@ def freezes(work: Path, device: str, folder: Path, count: int) -> None:
             f"--directory={folder}",
             "--rw=randwrite",
             "--bsrange=4k-1m",
-            "--size=256m",
+            "--size=64m",
             "--numjobs=2",
             "--fsync=32",
             "--time_based",

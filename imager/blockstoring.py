@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +29,9 @@ from imager.reading import EmptyRun, ReadPlan, Span
 
 # Pages are few and hold digests, which do not compress.
 _PAGE_LEVEL = 3
+
+# Reads under way at once while all is frozen: a disk or a busy machine answers each late.
+_HOLDERS = 8
 
 # Jobs beyond the workers' own: enough to read ahead while the packs are being written.
 _READ_AHEAD = 4
@@ -170,7 +174,19 @@ class BlockStorer:
             self._run(plan.jobs(pool), pool, on_run, on_block, progress)
 
     def hold(self, used: Extents) -> list[Span]:
-        """Read the blocks that have used bytes into memory, each by itself; store nothing yet."""
+        """Read the blocks that have used bytes into memory, each by itself; store nothing yet.
+
+        Several are read at once: somebody waits for it.
+        """
+        unit, size = self.block_size, self.source.size
+        aligned = used.align_outward(unit, size)
+        offsets = [at for extent in aligned for at in range(extent.offset, extent.end, unit)]
+        parts = [Extents((at, unit) for at in offsets[n::_HOLDERS]) for n in range(_HOLDERS)]
+        with ThreadPoolExecutor(_HOLDERS, thread_name_prefix="holder") as threads:
+            held = threads.map(lambda part: self._hold(used.intersect(part)), parts)
+            return [span for spans in held for span in spans]
+
+    def _hold(self, used: Extents) -> list[Span]:
         plan = ReadPlan(self.source, used, self.block_size, span_size=self.block_size)
         pool = BufferPool(-(-used.end // self.block_size), self.block_size)
         return [job for job in plan.jobs(pool) if isinstance(job, Span)]

@@ -17,10 +17,12 @@ an earlier image serves as well, when a record tells what was written since (``t
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import randrange
 from typing import Any, Protocol
 
@@ -35,6 +37,7 @@ from imager.pack import Packer
 from imager.progress import Progress
 from imager.reading import EmptyRun, Span
 from imager.repository import Repository, StoredBlocks
+from imager.sysfs import read_text
 from imager.tracking import Written
 
 # As much is read within the freeze without another pass: a tenth of a second on a slow disk.
@@ -44,8 +47,11 @@ _LITTLE = 16 << 20
 _SHRINKS = 0.7
 _MOST_PASSES = 8
 
-# What is read within the freeze stays in memory until the thaw.
-_HELD_BYTES = 256 << 20
+# What is read right before and within the freeze stays in memory until the thaw: a part of what is
+# available, within bounds.
+_HELD_PART = 4
+_LEAST_HELD, _MOST_HELD = 256 << 20, 2 << 30
+_MEMINFO = Path("/proc/meminfo")
 
 # Blocks that a record calls unchanged and that are read and compared all the same.
 _SAMPLE = 16
@@ -145,6 +151,7 @@ class LiveDisk:
         self._stored = stored
         self._changes: dict[int, MapEntry] = {}
         self._sample: list[Run] = []
+        self._held: dict[int, Span] = {}
         self._map: BlockMap | None = None
         self.pending = Extents()
 
@@ -160,6 +167,7 @@ class LiveDisk:
         self.used = used
         self._changes.clear()
         self._sample.clear()
+        self._held.clear()
         self.pending = Extents()
         source, unit = self.storer.source, self.storer.block_size
         if self.base is not None:
@@ -228,10 +236,24 @@ class LiveDisk:
         self.storer.store(plan, lambda run: None, self.change, progress)
         return plan.bytes_to_read
 
-    def hold_pending(self) -> list[Span]:
+    def hold_pending(self) -> None:
+        """Read what is pending into memory, over what was held of the same blocks."""
         wanted = self.blocks_of(self.pending)
         self.pending = Extents()
-        return self.storer.hold(wanted)
+        self._held |= {span.offset: span for span in self.storer.hold(wanted)}
+
+    def held_bytes(self) -> int:
+        """What ``hold_pending`` has brought and would bring."""
+        unit, size = self.storer.block_size, self.storer.source.size
+        held = Extents((offset, span.length) for offset, span in self._held.items())
+        return held.union(self.blocks_of(self.pending).align_outward(unit, size)).total
+
+    def store_held(self, progress: Progress) -> int:
+        """Store what is held; returns the bytes."""
+        spans = [self._held[offset] for offset in sorted(self._held)]
+        self._held.clear()
+        self.storer.store_held(spans, self.change, progress)
+        return sum(span.read_bytes for span in spans)
 
     def hold_sample(self) -> list[Span]:
         """Of the blocks that need no reading, those that are compared."""
@@ -240,6 +262,7 @@ class LiveDisk:
             (run.first * unit, unit)
             for run in self._sample
             if run.first not in self._changes
+            and run.first * unit not in self._held
             and next(self.pending.within(run.first * unit, unit), None) is None
         ]
         size = self.storer.source.size
@@ -321,6 +344,13 @@ def _block_map(repository: Repository, size: int, block_size: int, done: Finishe
     return BlockMap(repository, blocks=blocks, height=done.height, top=done.top, top_digest=digest)
 
 
+def _most_held() -> int:
+    """In bytes, of what proc(5) calls available."""
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", read_text(_MEMINFO) or "", re.MULTILINE)
+    available = int(found[1]) << 10 if found else 0
+    return min(max(available // _HELD_PART, _LEAST_HELD), _MOST_HELD)
+
+
 class _EventsLost(Exception):
     """Anything may have been written."""
 
@@ -389,7 +419,7 @@ class LiveCapture:
             if self._last_pass():
                 return
         raise ImagerError(
-            f"more than {_HELD_BYTES >> 20} MiB were written between two passes: the disk is "
+            f"more than {_most_held() >> 20} MiB were written between two passes: the disk is "
             "written too fast to be tracked",
             hint="try again when it is quieter, or --consistency freeze",
         )
@@ -410,38 +440,46 @@ class LiveCapture:
 
     def _last_pass(self) -> bool:
         """The one of the image's moment; False when it is more than memory should hold."""
-        with self._live.frozen() as freeze:
-            held = self._read_frozen()
-            if held is None:
-                return False
-            freeze.end()
-        self.result.freeze_milliseconds = freeze.milliseconds
-        self._compare()
-        for disk, spans in held:
-            disk.storer.store_held(spans, disk.change, self._progress)
-            self._count(sum(span.read_bytes for span in spans))
-        return True
+        most = _most_held()
+        self._live.sync()
+        self._take()
+        is_done = self._hold(most)  # so that the freeze has less to read
+        if is_done:
+            with self._live.frozen() as freeze:
+                is_done = self._read_frozen(most)
+                if is_done:
+                    freeze.end()
+            self.result.freeze_milliseconds = freeze.milliseconds
+        if is_done:
+            self._compare()
+        for disk in self.disks:
+            self._count(disk.store_held(self._progress))
+        return is_done
 
-    def _read_frozen(self) -> list[tuple[LiveDisk, list[Span]]] | None:
+    def _read_frozen(self, most: int) -> bool:
         """Nothing may be written or told to anybody here: whoever gets it may be waiting too."""
         self._take()
         self.layouts = self._live.layouts()
         for disk, layout in zip(self.disks, self.layouts, strict=True):
             disk.note_layout(captured(layout, all_blocks=self._all_blocks))
-        held: list[tuple[LiveDisk, list[Span]]] = []
-        room = _HELD_BYTES
         self._samples = [disk.hold_sample() for disk in self.disks]
+        left = 0
         for _ in range(_LATE_READS):
-            left = sum(disk.pending_bytes() for disk in self.disks)
-            room -= left
-            if room < 0:
-                return None
-            held += [(disk, disk.hold_pending()) for disk in self.disks]
+            if not self._hold(most):
+                return False
             left = self._take()
             if not left:
                 break
         self.result.unfrozen_bytes = left
-        return held
+        return True
+
+    def _hold(self, most: int) -> bool:
+        """Read into memory what is pending, unless that is more than ``most`` bytes."""
+        if sum(disk.held_bytes() for disk in self.disks) > most:
+            return False
+        for disk in self.disks:
+            disk.hold_pending()
+        return True
 
     def _compare(self) -> None:
         """Whether what the record calls unchanged is; else nothing of it is believed."""

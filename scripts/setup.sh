@@ -19,7 +19,7 @@ test="$demo gdisk xorriso genisoimage ntfs-3g exfatprogs f2fs-tools cryptsetup-b
       thin-provisioning-tools exfat-fuse
       libnbd-bin nbd-client partclone lz4 bzip2 xz-utils openssl attr acl openssh-client chromium fonts-dejavu-core
       restic borgbackup postgresql postfix dovecot-imapd"
-bench="$demo partclone borgbackup time"
+bench="$demo partclone borgbackup restic fio time"
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 # pyparted has no pyproject.toml; an older pip would build it the old way, with a warning.
